@@ -1,0 +1,81 @@
+// Transposed panels: `lanes` rows of a row-major matrix become vectors of one column each.
+//
+// A block of kLanes rows x kLanes 32-bit words is transposed in registers; a word holds one float32, two bfloat16 or four
+// int8 of a row. Rows are read exactly up to their length: the last, partial block goes through a zeroed copy.
+#pragma once
+
+#include "simd.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+#if defined(__AVX512F__)
+using Word = __m512i;
+MMREC_INLINE Word load_words(const void* p) { return _mm512_loadu_si512(p); }
+
+MMREC_INLINE void transpose_words(Word* r) {
+  Word t[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4) {
+    r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    r[i] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88);
+    r[i + 8] = _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd);
+  }
+}
+MMREC_INLINE F32 as_float(Word a) { return {_mm512_castsi512_ps(a)}; }
+MMREC_INLINE F32 bf16_low(Word a) { return as_float(_mm512_slli_epi32(a, 16)); }
+MMREC_INLINE F32 bf16_high(Word a) { return as_float(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))); }
+template <int kByte>
+MMREC_INLINE F32 int8_at(Word a) {
+  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(kByte == 3 ? a : _mm512_slli_epi32(a, 24 - 8 * kByte), 24))};
+}
+
+#elif defined(__AVX2__)
+using Word = __m256i;
+MMREC_INLINE Word load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+
+MMREC_INLINE void transpose_words(Word* r) {
+  Word t[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_epi32(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_epi32(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4) {
+    r[i] = _mm256_unpacklo_epi64(t[i], t[i + 2]);
+    r[i + 1] = _mm256_unpackhi_epi64(t[i], t[i + 2]);
+    r[i + 2] = _mm256_unpacklo_epi64(t[i + 1], t[i + 3]);
+    r[i + 3] = _mm256_unpackhi_epi64(t[i + 1], t[i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x20);
+    t[i + 4] = _mm256_permute2x128_si256(r[i], r[i + 4], 0x31);
+  }
+  for (int i = 0; i < 8; ++i) r[i] = t[i];
+}
+MMREC_INLINE F32 as_float(Word a) { return {_mm256_castsi256_ps(a)}; }
+MMREC_INLINE F32 bf16_low(Word a) { return as_float(_mm256_slli_epi32(a, 16)); }
+MMREC_INLINE F32 bf16_high(Word a) { return as_float(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))); }
+template <int kByte>
+MMREC_INLINE F32 int8_at(Word a) {
+  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(kByte == 3 ? a : _mm256_slli_epi32(a, 24 - 8 * kByte), 24))};
+}
+#endif
+
+}  // namespace
+}  // namespace MMREC_ISA
+}  // namespace mmrec
