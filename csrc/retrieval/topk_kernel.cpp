@@ -1,0 +1,256 @@
+// Streaming top-k, the scan.    score[b, n] = (q_b · x_n) · scale_n + bias_n
+//
+// Items are read once per call, kPanelRows at a time: a panel of rows is transposed (and widened to float) into L1, then
+// every group of queries meets it with items in the lanes of the vectors:
+//     acc[query][lane] = fma(panel[d][lane], q[query][d], acc)        d = 0 .. D-1, in this order
+// A score is one chain of fmas over d, whatever the batch: its bits depend on its query and its item only.
+// The epilogue compares a vector of scores with the query's running threshold; almost always nothing passes.
+//
+// Reads: items once (N·D elements), queries from L2 once per panel. Flops 2·B·N·D. Writes: candidates only.
+
+#include "topk_kernel.h"
+
+#include "../common/simd.h"
+#include "../common/transpose.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+// Accumulators: kQueryGroup x kVectors, plus kVectors for the panel row and one for the query, must fit the registers.
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;
+#endif
+
+template <typename T>
+constexpr int kPanelRows = kVectors * Vec<T>::kLanes;
+
+#if defined(__AVX2__)
+// Columns [word0, word0 + kLanes) x words of `rows`, transposed; `words` of them exist, rows end after `bytes` bytes.
+MMREC_INLINE void load_block(const char* const* rows, int64_t offset, int64_t bytes, Word* block) {
+  constexpr int kLanes = F32::kLanes;
+  constexpr int64_t kBytes = kLanes * 4;
+  if (offset + kBytes <= bytes) {
+    for (int i = 0; i < kLanes; ++i) block[i] = load_words(rows[i] + offset);
+  } else {
+    alignas(64) char copy[kBytes] = {};
+    for (int i = 0; i < kLanes; ++i) {
+      std::memcpy(copy, rows[i] + offset, static_cast<size_t>(bytes - offset));
+      block[i] = load_words(copy);
+    }
+  }
+  transpose_words(block);
+}
+
+template <typename Item>
+MMREC_INLINE void expand(Word word, float* out, int64_t stride, int64_t columns);
+template <>
+MMREC_INLINE void expand<float>(Word word, float* out, int64_t, int64_t) {
+  store(out, as_float(word));
+}
+template <>
+MMREC_INLINE void expand<BFloat16>(Word word, float* out, int64_t stride, int64_t columns) {
+  store(out, bf16_low(word));
+  if (columns > 1) store(out + stride, bf16_high(word));
+}
+template <>
+MMREC_INLINE void expand<int8_t>(Word word, float* out, int64_t stride, int64_t columns) {
+  store(out, int8_at<0>(word));
+  if (columns > 1) store(out + stride, int8_at<1>(word));
+  if (columns > 2) store(out + 2 * stride, int8_at<2>(word));
+  if (columns > 3) store(out + 3 * stride, int8_at<3>(word));
+}
+
+template <typename Item>
+void pack_panel(const char* const* rows, int64_t width, float* panel) {
+  constexpr int kLanes = F32::kLanes;
+  constexpr int kPerWord = 4 / sizeof(Item);
+  constexpr int64_t kStride = kPanelRows<float>;
+  const int64_t bytes = width * static_cast<int64_t>(sizeof(Item));
+  for (int group = 0; group < kVectors; ++group) {
+    for (int64_t first = 0; first < width; first += kLanes * kPerWord) {
+      Word block[kLanes];
+      load_block(rows + group * kLanes, first * static_cast<int64_t>(sizeof(Item)), bytes, block);
+      float* out = panel + first * kStride + group * kLanes;
+      if (first + kLanes * kPerWord <= width) {
+        for (int w = 0; w < kLanes; ++w) expand<Item>(block[w], out + w * kPerWord * kStride, kStride, kPerWord);
+      } else {
+        for (int w = 0; w * kPerWord < width - first; ++w) {
+          expand<Item>(block[w], out + w * kPerWord * kStride, kStride, width - first - w * kPerWord);
+        }
+      }
+    }
+  }
+}
+#endif
+
+template <typename Item, typename T>
+void pack_panel_by_element(const char* const* rows, int64_t width, T* panel) {
+  constexpr int kRows = kPanelRows<T>;
+  for (int64_t d = 0; d < width; ++d) {
+    for (int i = 0; i < kRows; ++i) {
+      Item value;
+      std::memcpy(&value, rows[i] + d * static_cast<int64_t>(sizeof(Item)), sizeof(Item));
+      panel[d * kRows + i] = static_cast<T>(widen(value));
+    }
+  }
+}
+
+MMREC_INLINE void pack(ItemType type, const char* const* rows, int64_t width, float* panel) {
+#if defined(__AVX2__)
+  switch (type) {
+    case ItemType::kFloat32:
+      return pack_panel<float>(rows, width, panel);
+    case ItemType::kBFloat16:
+      return pack_panel<BFloat16>(rows, width, panel);
+    default:
+      return pack_panel<int8_t>(rows, width, panel);
+  }
+#else
+  switch (type) {
+    case ItemType::kFloat32:
+      return pack_panel_by_element<float>(rows, width, panel);
+    case ItemType::kBFloat16:
+      return pack_panel_by_element<BFloat16>(rows, width, panel);
+    default:
+      return pack_panel_by_element<int8_t>(rows, width, panel);
+  }
+#endif
+}
+MMREC_INLINE void pack(ItemType, const char* const* rows, int64_t width, double* panel) {
+  pack_panel_by_element<double>(rows, width, panel);
+}
+
+template <typename T>
+struct Panel {
+  const T* values;              // [width][kPanelRows]
+  int count;                    // rows in use
+  int64_t first;                // position of the first row
+  T scale[kPanelRows<T>];       // per row, where the scan has scales
+  T bias[kPanelRows<T>];
+};
+
+template <typename T>
+void keep(const TopkScan<T>& scan, Selection<T>& selection, const T* scores, uint32_t passed, int64_t first) {
+  while (passed != 0) {
+    const int lane = __builtin_ctz(passed);
+    passed &= passed - 1;
+    // The threshold may have risen since the comparison.
+    if (!(scores[lane] > selection.threshold)) continue;
+    const int64_t position = first + lane;
+    const int64_t id = scan.ids != nullptr ? scan.ids[position] : position;
+    while (selection.excluded != selection.excluded_end && *selection.excluded < id) ++selection.excluded;
+    if (selection.excluded != selection.excluded_end && *selection.excluded == id) continue;
+    selection.scores[selection.count] = scores[lane];
+    selection.ids[selection.count] = id;
+    if (++selection.count == selection.capacity) scan.shrink(&selection);
+  }
+}
+
+template <int kQueries, typename T>
+void score_panel(const TopkScan<T>& scan, const Panel<T>& panel, const T* queries, Selection<T>* selections) {
+  using V = Vec<T>;
+  constexpr int kLanes = V::kLanes;
+  V acc[kQueries][kVectors];
+  for (int i = 0; i < kQueries; ++i) {
+    for (int v = 0; v < kVectors; ++v) acc[i][v] = broadcast(T(0));
+  }
+  for (int64_t d = 0; d < scan.width; ++d) {
+    V x[kVectors];
+    for (int v = 0; v < kVectors; ++v) x[v] = load(panel.values + d * kPanelRows<T> + v * kLanes);
+    for (int i = 0; i < kQueries; ++i) {
+      const V q = broadcast(queries[d * kQueryGroup + i]);
+      for (int v = 0; v < kVectors; ++v) acc[i][v] = fma(x[v], q, acc[i][v]);
+    }
+  }
+  if (scan.scales != nullptr) {
+    for (int v = 0; v < kVectors; ++v) {
+      const V scale = load(panel.scale + v * kLanes);
+      for (int i = 0; i < kQueries; ++i) acc[i][v] = mul(acc[i][v], scale);
+    }
+  }
+  if (scan.bias != nullptr) {
+    for (int v = 0; v < kVectors; ++v) {
+      const V bias = load(panel.bias + v * kLanes);
+      for (int i = 0; i < kQueries; ++i) acc[i][v] = add(acc[i][v], bias);
+    }
+  }
+  for (int i = 0; i < kQueries; ++i) {
+    const V threshold = broadcast(selections[i].threshold);
+    for (int v = 0; v < kVectors; ++v) {
+      const int left = panel.count - v * kLanes;
+      if (left <= 0) break;
+      uint32_t passed = greater(acc[i][v], threshold);
+      if (left < kLanes) passed &= (1u << left) - 1;
+      if (__builtin_expect(passed != 0, 0)) {
+        T scores[kLanes];
+        store(scores, acc[i][v]);
+        keep(scan, selections[i], scores, passed, panel.first + v * kLanes);
+      }
+    }
+  }
+}
+
+template <typename T>
+void load_panel(const TopkScan<T>& scan, int64_t first, Panel<T>& panel) {
+  constexpr int kRows = kPanelRows<T>;
+  const int64_t left = scan.end - first;
+  panel.first = first;
+  panel.count = left < kRows ? static_cast<int>(left) : kRows;
+  const int64_t item_bytes = scan.item_type == ItemType::kFloat64    ? 8
+                             : scan.item_type == ItemType::kFloat32  ? 4
+                             : scan.item_type == ItemType::kBFloat16 ? 2
+                                                                     : 1;
+  const char* rows[kRows];
+  for (int i = 0; i < kRows; ++i) {
+    // Rows past the end repeat the last one: read, never used.
+    const int64_t position = first + (i < panel.count ? i : panel.count - 1);
+    const int64_t row = scan.ids != nullptr ? scan.ids[position] : position;
+    rows[i] = static_cast<const char*>(scan.items) + row * scan.row_stride * item_bytes;
+    if (scan.scales != nullptr) panel.scale[i] = static_cast<T>(scan.scales[row]);
+    if (scan.bias != nullptr) panel.bias[i] = scan.bias[row];
+  }
+  pack(scan.item_type, rows, scan.width, scan.panel);
+  panel.values = scan.panel;
+}
+
+template <typename T>
+void scan_items(const TopkScan<T>& scan) {
+  Panel<T> panel;
+  for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<T>) {
+    load_panel(scan, first, panel);
+    for (int64_t b = 0; b < scan.num_queries; b += kQueryGroup) {
+      const T* queries = scan.queries + b * scan.width;
+      Selection<T>* selections = scan.selections + b;
+      switch (scan.num_queries - b) {
+        case 1:
+          score_panel<1>(scan, panel, queries, selections);
+          break;
+        case 2:
+          score_panel<2>(scan, panel, queries, selections);
+          break;
+        case 3:
+          score_panel<3>(scan, panel, queries, selections);
+          break;
+        case 4:
+          score_panel<4>(scan, panel, queries, selections);
+          break;
+        case 5:
+          score_panel<5>(scan, panel, queries, selections);
+          break;
+        default:
+          score_panel<6>(scan, panel, queries, selections);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void topk_scan(const TopkScan<float>& scan) { scan_items(scan); }
+void topk_scan(const TopkScan<double>& scan) { scan_items(scan); }
+
+}  // namespace MMREC_ISA
+}  // namespace mmrec
