@@ -85,7 +85,7 @@ def _scan_kernel(
                 q = tl.load(
                     query_ptr + offs_q[:, None] * query_stride + offs_d[None, :], in_batch[:, None] & in_width[None, :], 0
                 )
-                score = dot(q, tl.trans(x.to(q.dtype)), score, PRECISION, UPCAST)
+                score = dot(q, tl.trans(x), score, PRECISION, UPCAST)
         if HAS_SCALE:
             score = score * tl.load(scale_ptr + ids, used, 0.0)[None, :]
         if HAS_BIAS:
@@ -182,7 +182,8 @@ def topk(
         num_queries, num_items, width, query.stride(0), items.stride(0),
         0 if exclude_ids is None else exclude_ids.shape[0], 0 if candidate_ids is None else candidate_ids.shape[0], part,
         HAS_SCALE=item_scales is not None, HAS_BIAS=bias is not None, HAS_EXCLUDE=exclude_ids is not None,
-        HAS_CANDIDATES=candidate_ids is not None, PRECISION=precision(query.dtype), UPCAST=interpreted(), **blocks,
+        HAS_CANDIDATES=candidate_ids is not None, PRECISION=precision(query.dtype), UPCAST=interpreted(),
+        enable_fp_fusion=False, **blocks,
     )  # fmt: skip
     _merge_kernel[(num_queries,)](partial, scores, ids, k, splits, K=blocks["K"])
     return scores, ids
