@@ -1,0 +1,94 @@
+"""InfoNCE: the autograd function around the raw ops.
+
+Its outputs are the log-sum-exps and the positives; the loss is O(N) torch arithmetic on them, so every reduction,
+weight and smoothing reaches the one backward as four vectors of gradients.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .. import library, schemas
+
+
+class Problem(NamedTuple):
+    """The arguments that `_infonce_forward` and `_infonce_backward` share, in the order of their schemas."""
+
+    query: Tensor
+    key: Tensor
+    scale: Tensor
+    target: Tensor | None
+    query_mask: Tensor | None
+    key_mask: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    exclude_offsets: Tensor | None
+    exclude_positions: Tensor | None
+    log_q: Tensor | None
+    symmetric: bool
+    normalize: bool
+
+
+class Terms(NamedTuple):
+    """What the loss is made of: all `[Nq]` but `column_lse [Nk]`; `[0]` where not asked for."""
+
+    positive: Tensor
+    row_lse: Tensor
+    column_lse: Tensor
+    mean: Tensor
+    rank: Tensor
+
+
+def terms(problem: Problem, *, need_mean: bool, need_rank: bool, workspace_bytes: int) -> Terms:
+    """Run the forward, with autograd only if a gradient is needed."""
+    differentiable = (problem.query, problem.key, problem.scale, problem.log_q)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
+        return Terms(*_InfoNCE.apply(*_distinct(problem), need_mean, need_rank, workspace_bytes))
+    detached = [t.detach() if isinstance(t, Tensor) else t for t in problem]
+    return Terms(*library.call(schemas.infonce_forward, *detached, need_mean, need_rank, False, workspace_bytes)[:5])
+
+
+def _distinct(arguments: Sequence[Any]) -> list[Any]:
+    """A tensor that comes twice (a batch against itself, one mask for both sides) as two: torch.compile needs that."""
+    distinct: list[Any] = []
+    for argument in arguments:
+        twice = isinstance(argument, Tensor) and any(argument is other for other in distinct)
+        distinct.append(argument.view_as(argument) if twice else argument)
+    return distinct
+
+
+class _InfoNCE(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
+        *problem, need_mean, need_rank, workspace_bytes = args
+        *outputs, saved = library.call(schemas.infonce_forward, *problem, need_mean, need_rank, True, workspace_bytes)
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(outputs[4])
+        ctx.save_for_backward(*problem[:11], outputs[1], outputs[2], saved)
+        ctx.symmetric, ctx.normalize = problem[11:]
+        ctx.need_mean, ctx.workspace_bytes = need_mean, workspace_bytes
+        return tuple(outputs)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        *tensors, row_lse, column_lse, saved = ctx.saved_tensors
+        # torch.compile hands over zeros for what nobody used, the empty outputs too.
+        asked = (True, True, ctx.symmetric, ctx.need_mean)
+        upstream = [
+            g.contiguous() if used and g is not None else None for g, used in zip(grads[:4], asked, strict=True)
+        ]
+        needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 10)]
+        dquery, dkey, dscale, dlog_q = library.call(
+            schemas.infonce_backward, *upstream, *tensors, ctx.symmetric, ctx.normalize, row_lse, column_lse, saved,
+            *needs, ctx.workspace_bytes,
+        )  # fmt: skip
+        results: list[Tensor | None] = [None] * 16
+        for place, needed, grad in zip((0, 1, 2, 10), needs, (dquery, dkey, dscale, dlog_q), strict=True):
+            results[place] = grad if needed else None
+        return tuple(results)

@@ -1,0 +1,323 @@
+"""InfoNCE: the mathematics, in plain torch and in any dtype. The oracle of the tests and the fallback.
+
+    S_ij = scale_i · q_i · k_j − log_q_j      over the kept pairs; the positive of row i is (i, t_i), n_i its kept keys
+    positive_i = S_{i,t_i}                    row_lse_i = LSE_{j ≠ t_i} S_ij
+    mean_i = Σ_j S_ij / n_i                   column_lse_j = LSE_{i: t_i ≠ j} S_ij
+
+Both directions share their negatives: the kept pairs (i, j) with j ≠ t_i. With the gradients p, r, m, c of the four,
+
+    dS_ij = r_i · e^{S_ij − row_lse_i} + c_j · e^{S_ij − column_lse_j} + m_i / n_i      dS_{i,t_i} = p_i + m_i / n_i
+    u_i = Σ_j dS_ij k_j      dq_i = scale_i · u_i             dscale_i = q_i · u_i
+                             dk_j = Σ_i dS_ij scale_i q_i     dlog_q_j = −Σ_i dS_ij
+
+so the positive never meets the sum of exponentials, and a loss near zero loses nothing. The forward runs one GEMM over
+the Nq×Nk logits and the backward two; the negatives' logits (−inf where left out) are kept while they fit the
+workspace, else the backward makes them again in blocks of rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import library
+from ..schemas import infonce_saved_bytes, statistics_dtype
+from ..validation import check_offsets
+
+NORM_EPS = 1e-12
+BLOCK_BYTES = 2**22
+
+
+class _Problem(NamedTuple):
+    """The inputs in the accumulation dtype. What nobody reads is zero in `query`, `key` and `scale`."""
+
+    query: Tensor
+    key: Tensor
+    query_norm: Tensor | None
+    key_norm: Tensor | None
+    scale: Tensor
+    scaled: Tensor
+    log_q: Tensor | None
+    target: Tensor
+    has_term: Tensor
+    row_mask: Tensor | None
+    key_mask: Tensor | None
+    query_ids: Tensor | None
+    key_ids: Tensor | None
+    excluded: tuple[Tensor, Tensor] | None
+
+    @property
+    def sparse(self) -> bool:
+        """Whether single pairs are left out, so that a key or a query may have no kept pair at all."""
+        return self.key_ids is not None or self.excluded is not None
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    target: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    exclude_offsets: Tensor | None,
+    exclude_positions: Tensor | None,
+    log_q: Tensor | None,
+    symmetric: bool,
+    normalize: bool,
+    need_mean: bool,
+    need_rank: bool,
+    save: bool,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(positive, row_lse, column_lse, mean, rank, saved); 0, −inf, 0 and −1 in a row that has no term."""
+    rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
+    positive = query.new_zeros(rows, dtype=dtype)
+    row_lse = query.new_full((rows,), -torch.inf, dtype=dtype)
+    column_lse = query.new_full((columns if symmetric else 0,), -torch.inf, dtype=dtype)
+    mean = query.new_zeros(rows if need_mean else 0, dtype=dtype)
+    rank = query.new_full((rows if need_rank else 0,), -1, dtype=torch.int64)
+    size = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
+    saved = query.new_empty(size, dtype=torch.uint8)
+    with torch.autocast(query.device.type, enabled=False):
+        p = _problem(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
+                     exclude_positions, log_q, symmetric, normalize)  # fmt: skip
+        for block in _blocks(rows, columns, dtype, workspace_bytes):
+            out = saved.view(dtype).view(rows, columns)[block] if size else None
+            logits, found = _negatives(p, block, out)
+            has_term = p.has_term[block]
+            positive[block] = found
+            row_lse[block] = torch.logsumexp(logits, 1).masked_fill_(~has_term, -torch.inf)
+            if symmetric:
+                column_lse = torch.logaddexp(column_lse, torch.logsumexp(logits, 0))
+            if need_mean:
+                kept = logits != -torch.inf
+                total = torch.where(kept, logits, 0.0).sum(1) + found
+                mean[block] = (total / (kept.sum(1) + 1)).masked_fill_(~has_term, 0.0)
+            if need_rank:
+                rank[block] = (logits > found[:, None]).sum(1).masked_fill_(~has_term, -1)
+    return positive, row_lse, column_lse, mean, rank, saved
+
+
+def backward(
+    grad_positive: Tensor | None,
+    grad_row_lse: Tensor | None,
+    grad_column_lse: Tensor | None,
+    grad_mean: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    target: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    exclude_offsets: Tensor | None,
+    exclude_positions: Tensor | None,
+    log_q: Tensor | None,
+    symmetric: bool,
+    normalize: bool,
+    row_lse: Tensor,
+    column_lse: Tensor,
+    saved: Tensor,
+    need_query: bool,
+    need_key: bool,
+    need_scale: bool,
+    need_log_q: bool,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(dquery, dkey, dscale, dlog_q): the closed forms above; what is not needed is empty."""
+    rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
+    need_u = need_query or need_scale
+    with torch.autocast(query.device.type, enabled=False):
+        p = _problem(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
+                     exclude_positions, log_q, symmetric, normalize)  # fmt: skip
+        u = torch.zeros_like(p.query)
+        grad_key = torch.zeros_like(p.key)
+        grad_log_q = p.key.new_zeros(columns)
+        slope_of_positive = p.query.new_zeros(rows) if grad_positive is None else grad_positive.to(dtype, copy=True)
+        for block in _blocks(rows, columns, dtype, workspace_bytes):
+            if saved.numel():
+                logits = saved.view(dtype).view(rows, columns)[block]
+            else:
+                logits, _ = _negatives(p, block, None)
+            if grad_row_lse is not None:
+                slope = _softmax(logits, row_lse[block], grad_row_lse[block], 1)
+            else:
+                slope = torch.zeros_like(logits)
+            if grad_column_lse is not None:
+                slope += _softmax(logits, column_lse, grad_column_lse, 0)
+            if grad_mean is not None:
+                kept = logits != -torch.inf
+                share = torch.where(p.has_term[block], grad_mean[block] / (kept.sum(1) + 1), 0.0)
+                slope += torch.where(kept, share[:, None], 0.0)
+                slope_of_positive[block] += share
+            block_query, block_key = _readable(p, block, logits)
+            if need_u:
+                u[block] = slope @ block_key
+            if need_key:
+                grad_key.addmm_(slope.T, block_query)
+            if need_log_q:
+                grad_log_q -= slope.sum(0)
+        _add_positives(p, slope_of_positive, u, grad_key, grad_log_q)
+        grad_scale = (p.query * u).sum(1)
+        if scale.shape[0] != rows:
+            grad_scale = grad_scale.sum(0, keepdim=True)
+        grad_query = _through_norm(p.scale[:, None] * u, p.query, p.query_norm, query.dtype)
+        return (
+            grad_query if need_query else query.new_empty(0),
+            _through_norm(grad_key, p.key, p.key_norm, key.dtype) if need_key else key.new_empty(0),
+            grad_scale if need_scale else u.new_empty(0),
+            grad_log_q if need_log_q else u.new_empty(0),
+        )
+
+
+def _problem(
+    query: Tensor,
+    key: Tensor,
+    scale: Tensor,
+    target: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    query_ids: Tensor | None,
+    key_ids: Tensor | None,
+    exclude_offsets: Tensor | None,
+    exclude_positions: Tensor | None,
+    log_q: Tensor | None,
+    symmetric: bool,
+    normalize: bool,
+) -> _Problem:
+    rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
+    check_contents(columns, target, exclude_offsets, exclude_positions)
+    everyone_has_a_term = target is None and query_mask is None and key_mask is None
+    if target is None:
+        target = torch.arange(rows, device=query.device)
+    has_term = (target >= 0) & (target < columns)
+    if query_mask is not None:
+        has_term = has_term & query_mask
+    if key_mask is not None and columns:
+        has_term = has_term & key_mask[target.clamp(0, columns - 1)]
+    target = torch.where(has_term, target, 0)
+    query, key, scale, row_mask = query.to(dtype), key.to(dtype), scale.to(dtype), None
+    if not everyone_has_a_term:
+        # Columns may have their targets among other rows than these (`group=`): in both directions all rows are read.
+        read = torch.ones_like(has_term) if symmetric else has_term
+        read = read if query_mask is None else read & query_mask
+        key_read = read.any().expand(columns) if key_mask is None else read.any() & key_mask
+        query, key = torch.where(read[:, None], query, 0.0), torch.where(key_read[:, None], key, 0.0)
+        scale = torch.where(read, scale, 0.0) if scale.shape[0] == rows else scale
+        # Without single pairs left out, a zero query is harmless, and one pass over the logits is saved.
+        row_mask = read if query_mask is not None or key_ids is not None or exclude_offsets is not None else None
+    query, query_norm = _unit(query) if normalize else (query, None)
+    key, key_norm = _unit(key) if normalize else (key, None)
+    if key_ids is not None:
+        if query_ids is None:
+            query_ids = torch.where(has_term, key_ids[target], -1) if columns else torch.full_like(target, -1)
+        query_ids = torch.where(query_ids >= 0, query_ids, -1)
+        key_ids = torch.where(key_ids >= 0, key_ids, -2)
+    excluded = None
+    if exclude_offsets is not None and exclude_positions is not None:
+        excluded = _pairs(exclude_offsets, exclude_positions, rows, columns)
+    return _Problem(
+        query, key, query_norm, key_norm, scale, query * scale[:, None], None if log_q is None else log_q.to(dtype),
+        target, has_term, row_mask, key_mask, query_ids, key_ids, excluded,
+    )  # fmt: skip
+
+
+def check_contents(columns: int, target: Tensor | None, offsets: Tensor | None, positions: Tensor | None) -> None:
+    """Targets and listed positions are below the number of keys. Reads them: on CPU, elsewhere under MMREC_CHECK=1."""
+    for tensor in (target, positions):
+        if tensor is not None and tensor.device.type != "cpu" and not library.check_requested():
+            return
+    if target is not None and bool((target >= columns).any()):
+        raise ValueError(f"target must be below the number of keys, {columns}, got {int(target.max())}")
+    if offsets is not None and positions is not None:
+        check_offsets("exclude[0]", offsets, positions.shape[0])
+        used = positions[offsets[0] : offsets[-1]]
+        if bool((used >= columns).any()):
+            raise ValueError(f"exclude[1] must be below the number of keys, {columns}, got {int(used.max())}")
+
+
+def _pairs(offsets: Tensor, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+    """The (row, key) of each listed pair; row −1 where there is none. Free of host synchronisation."""
+    entries = torch.arange(positions.shape[0], device=positions.device)
+    row = torch.searchsorted(offsets.contiguous(), entries, right=True) - 1
+    valid = (row < rows) & (positions >= 0) & (positions < columns)
+    return torch.where(valid, row, -1), positions
+
+
+def _blocks(rows: int, columns: int, dtype: torch.dtype, workspace_bytes: int) -> Iterator[slice]:
+    """Blocks of rows whose logits stay inside the workspace, and near the cache."""
+    if columns == 0:
+        return
+    step = max(1, min(workspace_bytes, BLOCK_BYTES) // (columns * dtype.itemsize))
+    for start in range(0, rows, step):
+        yield slice(start, min(start + step, rows))
+
+
+def _negatives(p: _Problem, block: slice, out: Tensor | None) -> tuple[Tensor, Tensor]:
+    """The logits of a block of rows, −inf at positives and at pairs left out; and the positives, 0 without a term."""
+    logits = torch.mm(p.scaled[block], p.key.T, out=out)
+    if p.log_q is not None:
+        logits.sub_(p.log_q)
+    target, has_term = p.target[block, None], p.has_term[block, None]
+    at_target = logits.gather(1, target)
+    logits.scatter_(1, target, at_target.masked_fill(has_term, -torch.inf))
+    if p.row_mask is not None:
+        logits.masked_fill_(~p.row_mask[block, None], -torch.inf)
+    if p.key_mask is not None:
+        logits.masked_fill_(~p.key_mask, -torch.inf)
+    if p.query_ids is not None and p.key_ids is not None:
+        logits.masked_fill_(p.query_ids[block, None] == p.key_ids, -torch.inf)
+    if p.excluded is not None:
+        row, position = p.excluded
+        here = (row >= block.start) & (row < block.stop)
+        hit = torch.zeros(logits.numel() + 1, dtype=torch.bool, device=logits.device)
+        hit.index_fill_(0, torch.where(here, (row - block.start) * logits.shape[1] + position, logits.numel()), True)
+        logits.masked_fill_(hit[:-1].view(logits.shape), -torch.inf)
+    return logits, at_target.masked_fill_(~has_term, 0.0)[:, 0]
+
+
+def _softmax(logits: Tensor, lse: Tensor, grad: Tensor, dim: int) -> Tensor:
+    """grad · e^{logits − lse} along `dim`; 0 where nothing was summed, whatever `grad` holds there."""
+    empty = lse == -torch.inf
+    probability = (logits - lse.masked_fill(empty, torch.inf).unsqueeze(dim)).exp_()
+    return probability.mul_(grad.masked_fill(empty, 0.0).unsqueeze(dim))
+
+
+def _readable(p: _Problem, block: slice, logits: Tensor) -> tuple[Tensor, Tensor]:
+    """The block's scaled queries and the keys, zero where all pairs are left out: 0 · NaN must not reach a gradient."""
+    query, key = p.scaled[block], p.key
+    if not p.sparse:
+        return query, key
+    kept = logits != -torch.inf
+    return torch.where(kept.any(1)[:, None], query, 0.0), torch.where(kept.any(0)[:, None], key, 0.0)
+
+
+def _add_positives(p: _Problem, slope: Tensor, u: Tensor, grad_key: Tensor, grad_log_q: Tensor) -> None:
+    """The positives' share, one rank-1 term per row; `index_put_` adds in a fixed order where targets repeat."""
+    if p.key.shape[0] == 0:
+        return
+    has_term = p.has_term[:, None]
+    slope = slope.masked_fill(~p.has_term, 0.0)
+    u += torch.where(has_term, slope[:, None] * p.key[p.target], 0.0)
+    grad_key.index_put_((p.target,), torch.where(has_term, slope[:, None] * p.scaled, 0.0), accumulate=True)
+    grad_log_q.index_put_((p.target,), -slope, accumulate=True)
+
+
+def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
+    norm = torch.linalg.vector_norm(x, dim=1, keepdim=True)
+    return x / norm.clamp_min(NORM_EPS), norm
+
+
+def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The gradient of x from that of x / max(‖x‖, ε), rounded once to `dtype`; zero rows get 0."""
+    if norm is not None:
+        radial = (unit * grad).sum(1, keepdim=True) * unit
+        grad = grad - torch.where(norm > NORM_EPS, radial, 0.0)
+        grad = torch.where(norm == 0, 0.0, grad / norm.clamp_min(NORM_EPS))
+    return grad.to(dtype)
