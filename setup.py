@@ -1,4 +1,4 @@
-"""Builds the compiled libraries with CMake and packs them into the wheel. Everything declarative is in pyproject.toml."""
+"""Builds the compiled libraries with CMake and packs them into the wheel; pyproject.toml has everything declarative."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ import sysconfig
 from pathlib import Path
 
 from setuptools import Extension, setup
-from setuptools.command.build_ext import build_ext
 from setuptools.command.bdist_wheel import bdist_wheel
+from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
 TORCH_REQUIREMENT = "torch>=2.10"
 
 
 def locate_torch() -> Path | None:
-    """The folder of an installed torch >= 2.10, found without importing it (an import takes seconds and may not work
-    while building): MMREC_TORCH_DIR, else importable, else in the environment that an isolated build was started from."""
+    """The folder of an installed torch >= 2.10, found without importing it (that takes seconds and may fail while
+    building): MMREC_TORCH_DIR, else importable, else in the environment that an isolated build was started from."""
     named = os.environ.get("MMREC_TORCH_DIR")
     candidates = [Path(named)] if named else []
     if not named:
@@ -49,7 +49,7 @@ def build_requirements() -> list[str]:
 
 
 class CMakeBuild(build_ext):
-    """Runs CMake once; both libraries land beside the Python files, in the build folder or, when editable, in the tree."""
+    """Runs CMake once; the libraries land beside the Python files, in the build folder or, when editable, the tree."""
 
     def run(self) -> None:
         torch_dir = locate_torch()
@@ -57,10 +57,14 @@ class CMakeBuild(build_ext):
             sys.exit(f"{TORCH_REQUIREMENT} is needed to build: pip install torch, or set MMREC_TORCH_DIR to its folder")
         cmake = shutil.which("cmake")
         if cmake is None:
-            sys.exit("CMake >= 3.24 is needed to build: pip install cmake (or your system's package, such as apt install cmake)")
+            sys.exit(
+                "CMake >= 3.24 is needed to build: pip install cmake, or apt install cmake"
+            )
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
-            sys.exit("A C++20 compiler is needed to build: install g++ >= 11 or clang++ >= 14 (such as apt install g++), or set CXX")
+            sys.exit(
+                "A C++20 compiler is needed to build: g++ >= 11 or clang++ >= 14 (apt install g++), or set CXX"
+            )
         in_tree = self.editable_mode or self.inplace
         target = ROOT / "mmrec_kernels" if in_tree else Path(self.build_lib) / "mmrec_kernels"
         # In the tree the build folder stays, so that the next build compiles only what changed.
@@ -86,7 +90,7 @@ class CMakeBuild(build_ext):
 
 
 class AnyPythonWheel(bdist_wheel):
-    """The libraries use LibTorch's stable ABI and nothing of CPython's: one wheel serves every Python 3 of a platform."""
+    """The libraries use LibTorch's stable ABI and nothing of CPython's: one wheel serves every Python of a platform."""
 
     def finalize_options(self) -> None:
         super().finalize_options()

@@ -63,13 +63,13 @@ def _load(name: str, unusable: str | None) -> CompiledLibrary:
 
 
 def _cuda_unusable() -> str | None:
-    """Why `_C_cuda` cannot serve here, or None. Its toolkit's major version is in `_C_cuda.version`, written by the build."""
+    """Why `_C_cuda` cannot serve here, or None. The build wrote its toolkit's version into `_C_cuda.version`."""
     if torch.version.cuda is None:
         return "this torch has no CUDA"
     if not torch.cuda.is_available():
         return "no CUDA device is visible"
     built = (_FOLDER / "_C_cuda.version").read_text().strip()
-    driver = torch._C._cuda_getDriverVersion() // 1000
+    driver: int = torch._C._cuda_getDriverVersion() // 1000  # type: ignore[attr-defined]
     if driver < int(built.split(".")[0]):
         return f"built with CUDA {built}, the driver supports CUDA {driver}"
     return None

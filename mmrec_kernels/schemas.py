@@ -1,7 +1,7 @@
 """Every op's schema and fake (shape, dtype and device of its results), on one page.
 
-The raw ops are private: their names start with an underscore and their arguments are flat, so that one schema serves the
-C++, Triton and reference providers. The public functions of each op's folder validate, choose the path and call them.
+The raw ops are private: names start with an underscore and arguments are flat, so that one schema serves
+the C++, Triton and reference providers. The public functions of each op's folder validate, choose the path and call them.
 Every result is contiguous, whatever the strides of the inputs.
 """
 
@@ -77,13 +77,14 @@ retrieval_topk_stream = _define("_retrieval_topk_stream" + _TOPK_SIGNATURE)(_top
 # ---- infonce ---------------------------------------------------------------------------------------------------------
 
 _INFONCE_PROBLEM = (
-    "Tensor query, Tensor key, Tensor scale, Tensor? target, Tensor? query_mask, Tensor? key_mask, Tensor? query_ids,"
-    " Tensor? key_ids, Tensor? exclude_offsets, Tensor? exclude_positions, Tensor? log_q, bool symmetric, bool normalize"
+    "Tensor query, Tensor key, Tensor scale, Tensor? target, Tensor? query_mask, Tensor? key_mask,"
+    " Tensor? query_ids, Tensor? key_ids, Tensor? exclude_offsets, Tensor? exclude_positions, Tensor? log_q,"
+    " bool symmetric, bool normalize"
 )
 
 
 def infonce_saved_bytes(rows: int, columns: int, dtype: torch.dtype, workspace_bytes: int) -> int:
-    """Size of what an InfoNCE forward keeps of its logits for the backward; 0 where that would exceed the workspace."""
+    """Bytes that an InfoNCE forward keeps of its logits for the backward; 0 if they would exceed the workspace."""
     size = rows * columns * statistics_dtype(dtype).itemsize
     return size if size <= workspace_bytes else 0
 
@@ -326,7 +327,7 @@ def experts_forward(
     activation: str,
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """out [G, T, d] for weights and experts [G, T, k]; with `save_hidden` also the pre-activations in x's dtype, else [0].
+    """out [G, T, d] for weights and experts [G, T, k]; with `save_hidden` pre-activations in x's dtype too, else [0].
 
     hidden [T·min(G·k, E), w_in.shape[1]]: one row for each distinct (expert, token) that a slot names, in that order;
     the rows after them are never read. shared_hidden [T, shared_w_in.shape[0]]: in token order, tokens without a slot
@@ -408,7 +409,7 @@ def attention_forward(
     return_mass: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`offsets [M, B+1]` int64; bit m of `indexed` and `causal` speaks of segment m, and `index` holds one int64 list
-    per set bit of `indexed`; `log_bias` and `value_gate` have three axes. Results: out, lse, mass (`[0]` if not asked)."""
+    per set bit of `indexed`; `log_bias` and `value_gate` have three axes. Results: out, lse, mass (`[0]` unasked)."""
     rows = query.shape[0] if query_offsets is not None else query.shape[0] * (offsets.shape[1] - 1)
     heads, dtype = query.shape[1], statistics_dtype(query.dtype)
     mass_shape = (rows, heads, len(keys)) if return_mass else (0,)

@@ -11,8 +11,8 @@ import triton.language as tl
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
-    """acc + a @ b in float32; b is cast to a's dtype. UPCAST: the interpreter multiplies bfloat16 bit patterns (and casts
-    integers to them), so it takes the dot in float32."""
+    """acc + a @ b in float32; b is cast to a's dtype. UPCAST: the interpreter multiplies bfloat16 bit patterns (and
+    casts integers to them), so it takes the dot in float32."""
     if UPCAST:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     return tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)

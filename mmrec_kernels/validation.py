@@ -1,4 +1,4 @@
-"""Argument checks that all ops share: each raises a ValueError or TypeError that names the argument, what came and what is needed."""
+"""Argument checks that all ops share: each raises an error that names the argument, what came and what is needed."""
 
 from __future__ import annotations
 
@@ -46,7 +46,9 @@ def float_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
     return GPU_DTYPES if device.type == "cuda" else CPU_DTYPES
 
 
-def check_float(name: str, value: object, shape: Sequence[int | str | None], *, device: torch.device | None = None) -> Tensor:
+def check_float(
+    name: str, value: object, shape: Sequence[int | str | None], *, device: torch.device | None = None
+) -> Tensor:
     """`value` as a floating tensor that the ops support on its device."""
     dtypes = float_dtypes(value.device) if isinstance(value, Tensor) else CPU_DTYPES
     return check_tensor(name, value, shape, dtypes, device=device)

@@ -1,9 +1,10 @@
-"""Ahead-of-time compilation of Triton kernels, without a GPU: registers, spills and shared memory of each configuration."""
+"""Ahead-of-time compilation of Triton kernels, without a GPU: registers, spills and shared memory of each."""
 
 from __future__ import annotations
 
 import re
 import subprocess
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,13 @@ class Resources:
 
 
 def compile_for(
-    kernel: Any, signature: dict[str, str], constexprs: dict[str, Any], capability: int, *, num_warps: int = 4, num_stages: int = 3
+    kernel: Any,
+    signature: dict[str, str],
+    constexprs: dict[str, Any],
+    capability: int,
+    *,
+    num_warps: int = 4,
+    num_stages: int = 3,
 ) -> Resources:
     """Compile `kernel` for sm_<capability>. `signature` maps every argument to its type; pointers and strides are taken
     as divisible by 16, as they are at run time for the shapes that matter."""
@@ -47,8 +54,10 @@ def compile_for(
 
 def _resource_usage(cubin: bytes) -> dict[str, int]:
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
-    path = Path(__import__("tempfile").mkdtemp()) / "kernel.cubin"
+    path = Path(tempfile.mkdtemp()) / "kernel.cubin"
     path.write_bytes(cubin)
-    text = subprocess.run([str(tool), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True).stdout
+    text = subprocess.run(
+        [str(tool), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
+    ).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}

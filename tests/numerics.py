@@ -20,7 +20,7 @@ def errors(actual: Tensor, oracle: Tensor) -> tuple[float, float]:
 
 
 def assert_accurate(actual: Tensor, oracle: Tensor, eager: Tensor, *, dtype: torch.dtype | None = None) -> None:
-    """`actual` is at most twice as far from the float64 `oracle` as `eager` (plain torch in the inputs' dtype) is, plus a floor."""
+    """`actual` is at most twice as far from the float64 `oracle` as `eager` (in the inputs' dtype), plus a floor."""
     assert actual.shape == oracle.shape, (actual.shape, oracle.shape)
     assert bool(torch.isfinite(actual).all()) == bool(torch.isfinite(oracle).all())
     floor = FLOORS[dtype or actual.dtype]

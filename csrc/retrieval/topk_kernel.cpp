@@ -28,12 +28,16 @@ template <typename T>
 constexpr int kPanelRows = kVectors * Vec<T>::kLanes;
 
 #if defined(__AVX2__)
-// Columns [word0, word0 + kLanes) x words of `rows`, transposed; `words` of them exist, rows end after `bytes` bytes.
-MMREC_INLINE void load_block(const char* const* rows, int64_t offset, int64_t bytes, Word* block) {
+// kLanes words from `offset` on of each of kLanes rows, transposed. Rows end after `bytes`. `ahead` bytes further lies what
+// the next panel will read: asked for now, it arrives while this panel is scored.
+MMREC_INLINE void load_block(const char* const* rows, int64_t offset, int64_t bytes, int64_t ahead, Word* block) {
   constexpr int kLanes = F32::kLanes;
   constexpr int64_t kBytes = kLanes * 4;
   if (offset + kBytes <= bytes) {
-    for (int i = 0; i < kLanes; ++i) block[i] = load_words(rows[i] + offset);
+    for (int i = 0; i < kLanes; ++i) {
+      _mm_prefetch(rows[i] + offset + ahead, _MM_HINT_T0);
+      block[i] = load_words(rows[i] + offset);
+    }
   } else {
     alignas(64) char copy[kBytes] = {};
     for (int i = 0; i < kLanes; ++i) {
@@ -64,7 +68,7 @@ MMREC_INLINE void expand<int8_t>(Word word, float* out, int64_t stride, int64_t 
 }
 
 template <typename Item>
-void pack_panel(const char* const* rows, int64_t width, float* panel) {
+void pack_panel(const char* const* rows, int64_t width, int64_t ahead, float* panel) {
   constexpr int kLanes = F32::kLanes;
   constexpr int kPerWord = 4 / sizeof(Item);
   constexpr int64_t kStride = kPanelRows<float>;
@@ -72,7 +76,7 @@ void pack_panel(const char* const* rows, int64_t width, float* panel) {
   for (int group = 0; group < kVectors; ++group) {
     for (int64_t first = 0; first < width; first += kLanes * kPerWord) {
       Word block[kLanes];
-      load_block(rows + group * kLanes, first * static_cast<int64_t>(sizeof(Item)), bytes, block);
+      load_block(rows + group * kLanes, first * static_cast<int64_t>(sizeof(Item)), bytes, ahead, block);
       float* out = panel + first * kStride + group * kLanes;
       if (first + kLanes * kPerWord <= width) {
         for (int w = 0; w < kLanes; ++w) expand<Item>(block[w], out + w * kPerWord * kStride, kStride, kPerWord);
@@ -98,15 +102,16 @@ void pack_panel_by_element(const char* const* rows, int64_t width, T* panel) {
   }
 }
 
-MMREC_INLINE void pack(ItemType type, const char* const* rows, int64_t width, float* panel) {
+MMREC_INLINE void pack(ItemType type, const char* const* rows, int64_t width, [[maybe_unused]] int64_t ahead,
+                       float* panel) {
 #if defined(__AVX2__)
   switch (type) {
     case ItemType::kFloat32:
-      return pack_panel<float>(rows, width, panel);
+      return pack_panel<float>(rows, width, ahead, panel);
     case ItemType::kBFloat16:
-      return pack_panel<BFloat16>(rows, width, panel);
+      return pack_panel<BFloat16>(rows, width, ahead, panel);
     default:
-      return pack_panel<int8_t>(rows, width, panel);
+      return pack_panel<int8_t>(rows, width, ahead, panel);
   }
 #else
   switch (type) {
@@ -119,7 +124,7 @@ MMREC_INLINE void pack(ItemType type, const char* const* rows, int64_t width, fl
   }
 #endif
 }
-MMREC_INLINE void pack(ItemType, const char* const* rows, int64_t width, double* panel) {
+MMREC_INLINE void pack(ItemType, const char* const* rows, int64_t width, int64_t, double* panel) {
   pack_panel_by_element<double>(rows, width, panel);
 }
 
@@ -212,7 +217,8 @@ void load_panel(const TopkScan<T>& scan, int64_t first, Panel<T>& panel) {
     if (scan.scales != nullptr) panel.scale[i] = static_cast<T>(scan.scales[row]);
     if (scan.bias != nullptr) panel.bias[i] = scan.bias[row];
   }
-  pack(scan.item_type, rows, scan.width, scan.panel);
+  const int64_t ahead = scan.ids != nullptr ? 0 : kRows * scan.row_stride * item_bytes;
+  pack(scan.item_type, rows, scan.width, ahead, scan.panel);
   panel.values = scan.panel;
 }
 

@@ -34,7 +34,9 @@ def top_k(
     candidates: tuple[Tensor, Tensor] | None = None,
     quantize_query: bool = False,
 ) -> TopK:
-    """The `k` items with the highest score for each query: `score[b, n] = (query[b] · items[n]) · item_scales[n] + bias[n]`.
+    """The `k` items with the highest score for each query.
+
+    `score[b, n] = (query[b] · items[n]) · item_scales[n] + bias[n]`
 
     Args:
         query: `[B, D]`, float32, bfloat16 or float64 (float16 on GPU). Accumulation is in float32, float64 for float64.
@@ -43,18 +45,18 @@ def top_k(
         k: how many items to return, at least 1; it may exceed N.
         item_scales: `[N]` float32, the step of each int8 row. Only for int8 items, and needed there.
         bias: `[N]` floating, added to each item's score. −inf removes an item.
-        exclude: `(offsets int[B+1], ids int[≥ offsets[B]])`: row b never returns `ids[offsets[b]:offsets[b+1]]`. Any order;
-            duplicates and ids outside [0, N) are ignored.
+        exclude: `(offsets int[B+1], ids int[≥ offsets[B]])`: row b never returns `ids[offsets[b]:offsets[b+1]]`.
+            Any order; duplicates and ids outside [0, N) are ignored.
         candidates: the same layout: row b returns only these.
-        quantize_query: allows an approximate first pass with an int8 query over int8 items, rescored exactly. A provider
-            without such a pass returns the exact result.
+        quantize_query: allows an approximate first pass with an int8 query over int8 items, rescored exactly. A
+            provider without such a pass returns the exact result.
 
     Returns:
         `TopK(scores, ids)`, sorted by score, ties to the lower id. A NaN score is never returned. On CPU a score's bits
         depend on its query row, its item row, the dtype and the instruction set only. Not differentiable.
 
     Raises:
-        TypeError, ValueError: a wrong dtype, shape, device or flag; on CPU also offsets that decrease or leave the list.
+        TypeError, ValueError: a wrong dtype, shape, device or flag; on CPU also offsets that fall or leave the list.
     """
     check_float("query", query, ("B", "D"))
     device, num_queries, width = query.device, query.shape[0], query.shape[1]

@@ -1,10 +1,10 @@
 """Streaming top-k in Triton.    score[b, n] = (q_b · x_n) · scale_n + bias_n
 
 Grid (query tile, split): a program walks its part of the catalogue BLOCK_N rows at a time and keeps the best K of each
-query as sorted 64-bit keys; a block of scores is sorted in only when one of them beats the worst kept. `_merge` joins the
-splits. A key is (ordered score, ~id), so the order is total: ties go to the lower id and the split changes nothing.
+query as sorted 64-bit keys; a block of scores is sorted in only when one of them beats the worst kept. `_merge` joins
+the splits. A key is (ordered score, ~id), so the order is total: ties go to the lower id, the split changes nothing.
 
-BLOCK_Q = 16 takes the scores from `tl.dot`; BLOCK_Q = 1 (few queries, own candidates, large k) from a product and a sum.
+BLOCK_Q = 16 takes the scores from `tl.dot`; BLOCK_Q = 1 (few queries, own candidates, large k) from a product and sum.
 Reads: items once per query tile. Writes: splits · K keys per query. No atomics, no host synchronisation.
 """
 
@@ -75,15 +75,15 @@ def _scan_kernel(
         for d in range(0, width, BLOCK_D):
             offs_d = d + tl.arange(0, BLOCK_D)
             in_width = offs_d < width
-            x = tl.load(
-                items_ptr + ids[:, None] * item_stride + offs_d[None, :], used[:, None] & in_width[None, :], 0
-            )
+            x = tl.load(items_ptr + ids[:, None] * item_stride + offs_d[None, :], used[:, None] & in_width[None, :], 0)
             if BLOCK_Q == 1:
                 q = tl.load(query_ptr + tl.program_id(0).to(tl.int64) * query_stride + offs_d, in_width, 0)
                 score += tl.sum(x.to(tl.float32) * q.to(tl.float32)[None, :], 1)[None, :]
             else:
                 q = tl.load(
-                    query_ptr + offs_q[:, None] * query_stride + offs_d[None, :], in_batch[:, None] & in_width[None, :], 0
+                    query_ptr + offs_q[:, None] * query_stride + offs_d[None, :],
+                    in_batch[:, None] & in_width[None, :],
+                    0,
                 )
                 score = dot(q, tl.trans(x), score, PRECISION, UPCAST)
         if HAS_SCALE:
@@ -122,7 +122,7 @@ def _merge_kernel(partial_ptr, scores_ptr, ids_ptr, k, num_splits, K: tl.constex
 
 
 def block_sizes(num_queries: int, width: int, k: int, has_candidates: bool) -> dict[str, int]:
-    """Tile sizes by shape alone: BLOCK_Q, BLOCK_N, BLOCK_D, K (the power of two that holds k), and warps to hold them."""
+    """Tile sizes by shape alone: BLOCK_Q, BLOCK_N, BLOCK_D, K (the power of two that holds k), and warps for them."""
     kept = max(next_power_of_two(k), 16)
     single = has_candidates or num_queries <= 4 or kept > 128
     block_n = max(kept, 128) if single else max(kept, 64)
@@ -180,7 +180,8 @@ def topk(
     _scan_kernel[(tiles, splits)](
         query, items, item_scales, bias, exclude_offsets, exclude_ids, candidate_offsets, candidate_ids, partial,
         num_queries, num_items, width, query.stride(0), items.stride(0),
-        0 if exclude_ids is None else exclude_ids.shape[0], 0 if candidate_ids is None else candidate_ids.shape[0], part,
+        0 if exclude_ids is None else exclude_ids.shape[0], 0 if candidate_ids is None else candidate_ids.shape[0],
+        part,
         HAS_SCALE=item_scales is not None, HAS_BIAS=bias is not None, HAS_EXCLUDE=exclude_ids is not None,
         HAS_CANDIDATES=candidate_ids is not None, PRECISION=precision(query.dtype), UPCAST=interpreted(),
         enable_fp_fusion=False, **blocks,

@@ -96,9 +96,9 @@ def backward(
             renormalize,
         )
         if need_x:
-            dx[tokens] = _matmul(dlogits, gate_weight[choices].to(dtype)).to(x.dtype)
+            dx[tokens] = (dlogits @ gate_weight[choices].to(dtype)).to(x.dtype)
         if need_gate_weight:
-            dgate[choices] += _matmul(dlogits.T, x[tokens].to(dtype))
+            dgate[choices] += dlogits.T @ x[tokens].to(dtype)
     return dx, dgate.to(gate_weight.dtype)
 
 
@@ -166,14 +166,8 @@ def _modalities(
             yield m, tokens, choices
 
 
-def _matmul(a: Tensor, b: Tensor) -> Tensor:
-    """a @ b in the dtype of a and b: autocast stays active inside a raw op and would round the operands."""
-    with torch.autocast(a.device.type, enabled=False):
-        return a @ b
-
-
 def _logits(x: Tensor, gate_weight: Tensor, dtype: torch.dtype) -> Tensor:
-    return _matmul(x.to(dtype), gate_weight.to(dtype).T)
+    return x.to(dtype) @ gate_weight.to(dtype).T
 
 
 def _log_score(logits: Tensor, score: str) -> Tensor:

@@ -163,11 +163,10 @@ def forward(
         if save_hidden:
             saved[block.rows] = h.to(x.dtype)
 
-    with torch.autocast(x.device.type, enabled=False):
-        for _, block in plan.blocks(w_in, w_out, b_in, b_out):
-            add(block, hidden)
-        if shared_w_in is not None and shared_w_out is not None:
-            add(plan.shared_block(x, shared_w_in, shared_w_out, shared_gate), shared_hidden)
+    for _, block in plan.blocks(w_in, w_out, b_in, b_out):
+        add(block, hidden)
+    if shared_w_in is not None and shared_w_out is not None:
+        add(plan.shared_block(x, shared_w_in, shared_w_out, shared_gate), shared_hidden)
     return out.to(x.dtype), hidden, shared_hidden
 
 
@@ -208,26 +207,25 @@ def backward(
             dx[block.tokens] += drows
         return rows, rest
 
-    with torch.autocast(x.device.type, enabled=False):
-        for e, block in plan.blocks(w_in, w_out, b_in, b_out):
-            _, found = gradients(block, hidden, need[:6])
-            dcoefficient[:, block.rows] = found[0]
-            for i, value in enumerate(found[1:], start=2):
-                if need[i]:
-                    results[i][e] = value
-        if shared_w_in is not None and shared_w_out is not None:
-            block = plan.shared_block(x, shared_w_in, shared_w_out, shared_gate)
-            need_gate = shared_gate is not None and (need[0] or need[8])
-            rows, found = gradients(block, shared_hidden, (need[0], need_gate, *need[6:8], False, False))
-            for i, value in enumerate(found[1:3], start=6):
-                if need[i]:
-                    results[i].copy_(value)
-            if shared_gate is not None and need_gate:
-                s = block.coefficient.amax(0)  # σ in every gate that uses the token, 0 in the others
-                dlogit = found[0].sum(0) * s * (1 - s)
-                dx[block.tokens] += dlogit[:, None] * shared_gate.to(dtype)
-                if need[8]:
-                    results[8].copy_(dlogit @ rows)
+    for e, block in plan.blocks(w_in, w_out, b_in, b_out):
+        _, found = gradients(block, hidden, need[:6])
+        dcoefficient[:, block.rows] = found[0]
+        for i, value in enumerate(found[1:], start=2):
+            if need[i]:
+                results[i][e] = value
+    if shared_w_in is not None and shared_w_out is not None:
+        block = plan.shared_block(x, shared_w_in, shared_w_out, shared_gate)
+        need_gate = shared_gate is not None and (need[0] or need[8])
+        rows, found = gradients(block, shared_hidden, (need[0], need_gate, *need[6:8], False, False))
+        for i, value in enumerate(found[1:3], start=6):
+            if need[i]:
+                results[i].copy_(value)
+        if shared_gate is not None and need_gate:
+            s = block.coefficient.amax(0)  # σ in every gate that uses the token, 0 in the others
+            dlogit = found[0].sum(0) * s * (1 - s)
+            dx[block.tokens] += dlogit[:, None] * shared_gate.to(dtype)
+            if need[8]:
+                results[8].copy_(dlogit @ rows)
     if need[0]:
         results[0].copy_(dx)
     if need[1]:

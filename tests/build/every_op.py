@@ -1,4 +1,4 @@
-"""Runs every op forward and, where it has one, backward, on the installed package. Started by test_wheel.py elsewhere."""
+"""Runs every op forward and, where it has one, backward, on the installed package. Started by test_wheel.py."""
 
 from __future__ import annotations
 
@@ -48,8 +48,9 @@ served = {p.op: p.name for p in library.providers() if p.device == "cpu"}
 assert served["_retrieval_topk"] == "compiled", served
 for module in ("transformers", "peft", "bitsandbytes", "triton", "polars"):
     assert module not in sys.modules, module
+import mmrec_kernels.benchmarks  # noqa: E402, F401
+
 import mmrec  # noqa: E402, F401
 import mmrec.fusion  # noqa: E402, F401
-import mmrec_kernels.benchmarks  # noqa: E402, F401
 
 print("every op ran")

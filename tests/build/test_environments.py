@@ -1,4 +1,4 @@
-"""Runs the kernel tests again under each environment that chooses other code: every ISA of this CPU, Triton's interpreter."""
+"""Runs the kernel tests again where the environment chooses other code: every ISA of this CPU, Triton's interpreter."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT
 
+from conftest import ROOT
 from mmrec_kernels import library, schemas
 
 COMPILED = ("retrieval",)  # the ops that have C++ kernels
@@ -27,7 +27,9 @@ def run_pytest(folders: tuple[str, ...], **environment: str) -> None:
 
 def other_isas() -> list[str]:
     best = library.cpu_isa()
-    return [isa for isa in schemas.ISA_NAMES if isa != best and schemas.ISA_NAMES.index(isa) < schemas.ISA_NAMES.index(best)]
+    return [
+        isa for isa in schemas.ISA_NAMES if isa != best and schemas.ISA_NAMES.index(isa) < schemas.ISA_NAMES.index(best)
+    ]
 
 
 @pytest.mark.skipif(library.cpu_isa() == "none", reason="_C is not built")
@@ -46,7 +48,11 @@ def test_triton_interpreter():
 def test_unknown_instruction_set_is_named():
     code = "import mmrec_kernels"
     done = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, "MMREC_CPU_ISA": "sse9"}, cwd=ROOT, capture_output=True, text=True
+        [sys.executable, "-c", code],
+        env={**os.environ, "MMREC_CPU_ISA": "sse9"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
     )
     assert done.returncode != 0
     assert "MMREC_CPU_ISA must be base, avx2, avx512 or avx512_bf16, got sse9" in done.stderr

@@ -1,10 +1,11 @@
-"""ISA objects keep to themselves: a weak symbol compiled for AVX-512 and chosen by the linker would crash other machines."""
+"""ISA objects keep to themselves; a weak symbol compiled for AVX-512 kept by the linker crashes other machines."""
 
 from __future__ import annotations
 
 import subprocess
 
 import pytest
+
 from conftest import ROOT
 
 OBJECTS = sorted((ROOT / "build/cmake/CMakeFiles").glob("mmrec_*.dir/**/*.o"))

@@ -12,6 +12,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+
 from conftest import ROOT
 
 pytestmark = pytest.mark.wheel
@@ -58,7 +59,12 @@ def libraries(unpacked: Path) -> list[Path]:
 def test_tag_and_contents(wheel, unpacked):
     assert re.fullmatch(r"mmrec_kernels-[\d.]+-py3-none-\w+\.whl", wheel.name), wheel.name
     names = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
-    expected = ["mmrec_kernels/__init__.py", "mmrec_kernels/benchmarks/__main__.py", "mmrec/__init__.py", "mmrec/cli.py"]
+    expected = [
+        "mmrec_kernels/__init__.py",
+        "mmrec_kernels/benchmarks/__main__.py",
+        "mmrec/__init__.py",
+        "mmrec/cli.py",
+    ]
     expected += ["mmrec/adaptation/readers/movielens.py", "mmrec_kernels/py.typed", "mmrec_kernels/_C.so"]
     if shutil.which("nvcc"):
         expected += ["mmrec_kernels/_C_cuda.so", "mmrec_kernels/_C_cuda.version"]

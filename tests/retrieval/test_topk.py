@@ -1,4 +1,4 @@
-"""top_k on this machine's CPU provider against a brute-force oracle in float64. Every ISA runs this file (test_isa.py)."""
+"""top_k on this machine's CPU provider against a brute-force oracle in float64; test_environments.py adds the ISAs."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import math
 
 import pytest
 import torch
-from numerics import assert_accurate
 from torch import Tensor
 
 import mmrec_kernels
 from mmrec_kernels import TopK, top_k
+from numerics import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)
 SHAPES = [(1, 100, 64, 5), (7, 1000, 33, 10), (40, 777, 128, 100), (13, 200, 1, 3), (5, 65, 17, 64), (70, 3000, 40, 1)]
@@ -57,7 +57,7 @@ def oracle(scores: Tensor, k: int, exclude=None, candidates=None) -> tuple[Tenso
 
 
 def check(result: TopK, scores: Tensor, k: int, **lists_of) -> None:
-    """Scores are accurate position by position; ids are those of the oracle, or differ where its gap is within the error."""
+    """Scores are accurate position by position; ids are the oracle's, or differ where its gap is within the error."""
     want, want_ids = oracle(scores, k, **lists_of)
     found = want_ids >= 0
     assert torch.equal(result.ids >= 0, found)
@@ -81,7 +81,12 @@ def test_matches_oracle(shape, dtype):
     p = problem(b, n, d, dtype)
     scores = all_scores(**p)
     exclude, candidates = lists(b, n), lists(b, n, 60)
-    for chosen in ({}, {"exclude": exclude}, {"candidates": candidates}, {"exclude": exclude, "candidates": candidates}):
+    for chosen in (
+        {},
+        {"exclude": exclude},
+        {"candidates": candidates},
+        {"exclude": exclude, "candidates": candidates},
+    ):
         check(top_k(**p, k=k, **chosen), scores, k, **chosen)
 
 
@@ -180,7 +185,9 @@ def test_lists_may_start_late_and_use_int32():
     p = problem(2, 30, 8, torch.float32)
     offsets, ids = torch.tensor([2, 4, 5]), torch.tensor([0, 1, 5, 6, 7, 9])
     result = top_k(**p, k=30, exclude=(offsets.int(), ids.int()))
-    assert set(range(30)) - set(result.ids[0].tolist()) == {5, 6} and set(range(30)) - set(result.ids[1].tolist()) == {7}
+    assert set(range(30)) - set(result.ids[0].tolist()) == {5, 6} and set(range(30)) - set(result.ids[1].tolist()) == {
+        7
+    }
 
 
 def test_quantize_query_may_not_change_what_is_best():
@@ -205,7 +212,9 @@ def test_opcheck_and_compile():
     p, exclude, candidates = problem(3, 40, 8, torch.float32), lists(3, 40), lists(3, 40)
     torch.library.opcheck(op, (p["query"], p["items"], 5, None, p["bias"], *exclude, *candidates, False))
     int8 = problem(3, 40, 8, torch.int8)
-    torch.library.opcheck(op, (int8["query"], int8["items"].T.contiguous().T, 5, int8["item_scales"], *[None] * 5, True))
+    torch.library.opcheck(
+        op, (int8["query"], int8["items"].T.contiguous().T, 5, int8["item_scales"], *[None] * 5, True)
+    )
 
     @torch.compile(fullgraph=True, dynamic=True)
     def best(query: Tensor, items: Tensor, exclude: tuple[Tensor, Tensor]) -> Tensor:

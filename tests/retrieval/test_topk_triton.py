@@ -76,7 +76,6 @@ CONFIGURATIONS = [(1, 10, False), (1, 100, False), (8, 10, True), (64, 10, False
 @pytest.mark.parametrize("num_queries, k, own", CONFIGURATIONS, ids=str)
 def test_compiled_ahead_of_time_without_spills(num_queries, k, own, query, items, capability):
     from aot import compile_for
-
     from mmrec_kernels.retrieval.triton import _scan_kernel, block_sizes
 
     blocks = block_sizes(num_queries, 64, k, own)
@@ -98,14 +97,20 @@ def test_compiled_ahead_of_time_without_spills(num_queries, k, own, query, items
 @pytest.mark.parametrize("capability", (80, 90))
 def test_merge_compiled_ahead_of_time(capability):
     from aot import compile_for
-
     from mmrec_kernels.retrieval.triton import _merge_kernel
 
     signature = {"partial_ptr": "*i64", "scores_ptr": "*fp32", "ids_ptr": "*i64", "k": "i32", "num_splits": "i32"}
     assert compile_for(_merge_kernel, signature, {"K": 16}, capability).stack_bytes == 0
 
 
-GPU_SHAPES = [(1, 100, 64, 5), (7, 1000, 33, 10), (40, 777, 128, 100), (300, 20000, 64, 10), (3, 5000, 64, 1500), (5, 3, 7, 9)]
+GPU_SHAPES = [
+    (1, 100, 64, 5),
+    (7, 1000, 33, 10),
+    (40, 777, 128, 100),
+    (300, 20000, 64, 10),
+    (3, 5000, 64, 1500),
+    (5, 3, 7, 9),
+]
 
 
 @pytest.mark.gpu
