@@ -11,7 +11,7 @@ import sys
 import sysconfig
 from pathlib import Path
 
-from setuptools import Extension, setup
+from setuptools import Extension, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
@@ -101,6 +101,11 @@ class AnyPythonWheel(bdist_wheel):
 
 
 setup(
+    packages=[
+        *find_packages(str(ROOT), include=["mmrec_kernels", "mmrec_kernels.*"]),
+        "mmrec_kernels.benchmarks",  # lives in benchmarks/, see package-dir
+        *find_packages(str(ROOT / "python_api")),
+    ],
     ext_modules=[Extension("mmrec_kernels._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild, "bdist_wheel": AnyPythonWheel},
     setup_requires=build_requirements(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 
@@ -63,3 +64,29 @@ def test_provider_table_names_every_op():
     for provider in library.providers():
         assert provider.op.lstrip("_") in done.stdout
     assert torch.__version__ in done.stdout
+
+
+def test_without_the_compiled_library_the_reference_serves_and_says_so(tmp_path):
+    shutil.copytree(
+        ROOT / "mmrec_kernels", tmp_path / "mmrec_kernels", ignore=shutil.ignore_patterns("*.so", "__pycache__")
+    )
+    report = subprocess.run(
+        [sys.executable, "-m", "mmrec_kernels"], cwd=tmp_path, capture_output=True, text=True, check=True
+    ).stdout
+    rows = [line.split() for line in report.splitlines() if line.startswith("retrieval_topk ")]
+    assert rows[0][1:3] == ["cpu", "reference"] and "_C not built" in report
+    code = "import torch, mmrec_kernels as mk; x = torch.eye(3); print(mk.__file__, mk.top_k(x, x, 1).ids.flatten().tolist())"
+    out = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, check=True).stdout
+    assert str(tmp_path) in out and "[0, 1, 2]" in out
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+def test_autocast_does_not_reach_into_references(dtype):
+    """Autocast stays on inside an op written in Python; it would round the reference's float32 matmuls to 16 bits."""
+    from mmrec_kernels import info_nce, route
+
+    x, gate = torch.randn(20, 16, dtype=dtype), torch.randn(4, 16, dtype=dtype)
+    expected = info_nce(x, x.flip(0)), route(x, gate, 2).weights
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = info_nce(x, x.flip(0)), route(x, gate, 2).weights
+    assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
