@@ -1,0 +1,54 @@
+"""Protocols, rankings, metrics, floors, intervals and reports.
+
+From data to a table: :func:`split` a catalogue, :func:`evaluate` a ranker on it (:func:`most_popular`,
+:func:`item_knn`, or a closure around :func:`rank`), :func:`compare` two results, :func:`write_report`.
+"""
+
+from .beyond import beyond_accuracy, popularity_groups
+from .evaluate import evaluate
+from .floors import FLOORS, item_knn, most_popular
+from .intervals import Interval, bootstrap, paired_bootstrap
+from .metrics import DEFAULT_METRICS, Metric, evaluate_rankings, per_user
+from .modality import Curve, Dominance, dominance, missing, missing_curve
+from .protocols import Seen, Split, Stage, split
+from .ragged import Ragged
+from .ranking import Ranker, rank, rank_scores
+from .report import write_report
+from .results import Result, Row, compare, interval
+from .tables import format_table, print_table
+
+__all__ = [
+    "DEFAULT_METRICS",
+    "FLOORS",
+    "Curve",
+    "Dominance",
+    "Interval",
+    "Metric",
+    "Ragged",
+    "Ranker",
+    "Result",
+    "Row",
+    "Seen",
+    "Split",
+    "Stage",
+    "beyond_accuracy",
+    "bootstrap",
+    "compare",
+    "dominance",
+    "evaluate",
+    "evaluate_rankings",
+    "format_table",
+    "interval",
+    "item_knn",
+    "missing",
+    "missing_curve",
+    "most_popular",
+    "paired_bootstrap",
+    "per_user",
+    "popularity_groups",
+    "print_table",
+    "rank",
+    "rank_scores",
+    "split",
+    "write_report",
+]
