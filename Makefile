@@ -66,8 +66,10 @@ lint: setup
 types: setup
 	$(BIN)/mypy
 
+# Compares with the last saved run, where there is one.
 bench: setup
-	$(PYTEST) benchmarks --benchmark-only --benchmark-autosave --benchmark-compare-fail=median:10%
+	$(PYTEST) benchmarks --benchmark-only --benchmark-autosave \
+		$(if $(wildcard .benchmarks/*/*.json),--benchmark-compare --benchmark-compare-fail=median:10%)
 
 results: setup
 	@test -n "$(DATA)" || { echo "DATA=folder with movielens-100k-mm and amazon-scientific is needed"; exit 1; }
@@ -77,7 +79,9 @@ results: setup
 gpu-report:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m gpu -q
-	$(PYTHON) -m mmrec_kernels.benchmarks --op retrieval --device cuda --shapes full --json-dir benchmarks/results
+	for op in retrieval infonce attention routing nf4; do \
+		$(PYTHON) -m mmrec_kernels.benchmarks --op $$op --device cuda --shapes full --json-dir benchmarks/results || exit 1; \
+	done
 
 clean:
 	rm -rf build dist mmrec_kernels.egg-info mmrec_kernels/*.so mmrec_kernels/_C_cuda.version

@@ -1,7 +1,7 @@
 """Every op's schema and fake (shape, dtype and device of its results), on one page.
 
-The raw ops are private: names start with an underscore and arguments are flat, so that one schema serves
-the C++, Triton and reference providers. The public functions of each op's folder validate, choose the path and call them.
+The raw ops are private: names start with an underscore and arguments are flat, so that one schema serves the C++,
+Triton and reference providers. The public functions of each op's folder validate, choose the path and call them.
 Every result is contiguous, whatever the strides of the inputs.
 """
 

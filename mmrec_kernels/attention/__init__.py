@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Literal, NamedTuple, overload
 
 import torch
 from torch import Tensor
@@ -63,6 +63,38 @@ class AttentionOutput(NamedTuple):
     mass: Tensor | None
 
 
+@overload
+def cross_modal_attention(
+    query: Tensor,
+    segments: Sequence[Segment],
+    query_offsets: Tensor | None = ...,
+    *,
+    log_bias: Tensor | None = ...,
+    value_gate: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    scale: float | None = ...,
+    query_norm: Tensor | None = ...,
+    key_norm: Tensor | None = ...,
+    norm_eps: float = ...,
+    return_lse: Literal[False] = False,
+    return_mass: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def cross_modal_attention(
+    query: Tensor,
+    segments: Sequence[Segment],
+    query_offsets: Tensor | None = ...,
+    *,
+    log_bias: Tensor | None = ...,
+    value_gate: Tensor | None = ...,
+    sink: Tensor | None = ...,
+    scale: float | None = ...,
+    query_norm: Tensor | None = ...,
+    key_norm: Tensor | None = ...,
+    norm_eps: float = ...,
+    return_lse: bool = ...,
+    return_mass: bool = ...,
+) -> AttentionOutput: ...
 def cross_modal_attention(
     query: Tensor,
     segments: Sequence[Segment],

@@ -66,9 +66,7 @@ class CrossModalAttention(torch.autograd.Function):
             index, query_offsets, *small, *ctx.settings, needs, key_needs, value_needs,
         )  # fmt: skip
         grad_query, grad_keys, grad_values, *grad_small = results
-        singles = [
-            grad if needs >> bit & 1 else None for bit, grad in enumerate((grad_query, *grad_small))
-        ]
+        singles = [grad if needs >> bit & 1 else None for bit, grad in enumerate((grad_query, *grad_small))]
         return (
             *[None] * constants, *singles, *_unpack(grad_keys, keys, key_needs),
             *_unpack(grad_values, values, value_needs), *[None] * len(index),

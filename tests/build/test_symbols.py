@@ -6,7 +6,7 @@ import subprocess
 
 import pytest
 
-from conftest import ROOT
+from paths import ROOT
 
 OBJECTS = sorted((ROOT / "build/cmake/CMakeFiles").glob("mmrec_*.dir/**/*.o"))
 

@@ -10,7 +10,7 @@ from .floors import FLOORS, item_knn, most_popular
 from .intervals import Interval, bootstrap, paired_bootstrap
 from .metrics import DEFAULT_METRICS, Metric, evaluate_rankings, per_user
 from .modality import Curve, Dominance, dominance, missing, missing_curve
-from .protocols import Seen, Split, Stage, split
+from .protocols import Seen, Split, Stage, hold_out_items, split
 from .ragged import Ragged
 from .ranking import Ranker, rank, rank_scores
 from .report import write_report
@@ -49,6 +49,7 @@ __all__ = [
     "print_table",
     "rank",
     "rank_scores",
+    "hold_out_items",
     "split",
     "write_report",
 ]

@@ -5,6 +5,7 @@ Protocols: ``S`` leave-last-out, ``G`` MMRec's random split per user, ``T`` one 
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,7 +18,7 @@ from .ragged import Ragged
 if TYPE_CHECKING:
     from ..adaptation.catalogue import Catalogue
 
-__all__ = ["Split", "Stage", "Seen", "split", "leave_last_out", "general", "labelled", "global_time"]
+__all__ = ["Split", "Stage", "Seen", "split", "hold_out_items", "leave_last_out", "general", "labelled", "global_time"]
 
 Stage = Literal["valid", "test"]
 Seen = Literal["none", "train", "train+valid"]
@@ -127,6 +128,28 @@ class Split:
     @cached_property
     def _nothing(self) -> Ragged:
         return Ragged.empty(self.num_users)
+
+
+def hold_out_items(split: Split, share: float, *, seed: int = 0) -> Split:
+    """Makes items cold on purpose: a random ``share`` of the trained items leaves the training and validation parts.
+
+    They stay in the test part and among the candidates, so the rows "cold-among-all" and "cold-among-cold" of a result
+    say whether content alone can recommend them. In 5-core data hardly an item is cold by itself.
+
+    Args:
+        share: of the items with a training interaction, in (0, 1); at least one item.
+        seed: which items.
+    """
+    if not 0 < share < 1:
+        raise ValueError(f"share must be in (0, 1), got {share}")
+    trained = np.flatnonzero(split.popularity)
+    if not len(trained):
+        raise ValueError("split must have training interactions to hold items out of, got none")
+    held = np.zeros(split.num_items, dtype=bool)
+    held[np.random.default_rng(seed).choice(trained, max(1, round(share * len(trained))), replace=False)] = True
+    origin = f"{split.origin}; {int(held.sum())} items held out of training (share {share}, seed {seed})"
+    train, valid = (part.keep(~held[part.ids]) for part in (split.train, split.valid))
+    return dataclasses.replace(split, train=train, valid=valid, origin=origin)
 
 
 def split(catalogue: Catalogue, protocol: str, *, seed: int = 0, quantiles: tuple[float, float] = (0.8, 0.9)) -> Split:

@@ -1,0 +1,145 @@
+"""`python -m mmrec_kernels.benchmarks --op retrieval`: one op beside its peers, as a table and as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import torch
+
+from . import roofline, rows, runner, table
+from .case import MODES, Case
+from .clock import clock
+
+OPS = ("attention", "infonce", "routing", "nf4", "retrieval")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m mmrec_kernels.benchmarks",
+        description="Times one op and every installed peer, interleaved in one run, beside what the machine can do.",
+    )
+    parser.add_argument("--op", required=True, choices=OPS)
+    parser.add_argument("--shapes", choices=("small", "full"), default="small", help="default: small")
+    parser.add_argument("--dtype", metavar="NAME[,NAME]", help="default: all that the op has on the device")
+    parser.add_argument("--mode", metavar="MODE[,MODE]", help=f"of {', '.join(MODES)}; default: all that the op has")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
+    parser.add_argument("--k", metavar="K[,K]", help="retrieval: how many items to return; default: 10,100")
+    parser.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
+    parser.add_argument(
+        "--seconds", type=float, default=10.0, help="time per case beyond the least number of calls; default: 10"
+    )
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--json", type=Path, metavar="FILE", help="write the rows there after every case")
+    where.add_argument("--json-dir", type=Path, metavar="DIR", help="write them to DIR/<device>/<op>.json")
+    return parser
+
+
+def _chosen(
+    parser: argparse.ArgumentParser, flag: str, given: str | None, available: Sequence[str], where: str
+) -> list[str]:
+    names = list(available) if given is None else given.split(",")
+    for name in names:
+        if name not in available:
+            parser.error(f"{flag} must be of {', '.join(available)} for {where}, got {name!r}")
+    return names
+
+
+def _ks(parser: argparse.ArgumentParser, args: argparse.Namespace, module: ModuleType) -> dict[str, Any]:
+    if args.k is None:
+        return {}
+    if args.op != "retrieval":
+        parser.error(f"--k is an option of --op retrieval, got --op {args.op}")
+    most = min(items for _, items, _ in module.SHAPES[args.shapes])
+    try:
+        ks = [int(k) for k in args.k.split(",")]
+    except ValueError:
+        parser.error(f"--k must be integers with commas between them, got {args.k!r}")
+    if not all(1 <= k <= most for k in ks):
+        parser.error(f"--k must be in 1 to {most} for the {args.shapes} shapes, got {args.k!r}")
+    return {"ks": ks}
+
+
+def _path(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path | None:
+    """Where the JSON goes. Its folder is made or found before hours of work, not after."""
+    if args.json_dir is not None:
+        name = torch.cuda.get_device_name() if args.device == "cuda" else rows.environment("cpu")["cpu"]
+        folder = args.json_dir / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            parser.error(f"--json-dir {args.json_dir}: {error.strerror}")
+        return folder / f"{args.op}.json"
+    if args.json is not None and not args.json.parent.is_dir():
+        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
+    if args.json is not None and args.json.is_dir():
+        parser.error(f"--json {args.json}: this is a folder; give a file, or use --json-dir")
+    return args.json
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command. Exit code: 0; 1 if the JSON cannot be written, 2 for wrong arguments, 130 if interrupted."""
+    parser = _parser()
+    args = parser.parse_args(argv)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA torch and a visible GPU: torch.cuda.is_available() is False")
+    if args.threads is not None and args.threads < 1:
+        parser.error(f"--threads must be at least 1, got {args.threads}")
+    if not args.seconds >= 0:
+        parser.error(f"--seconds must not be negative, got {args.seconds}")
+    module = importlib.import_module(f".{args.op}", __package__)
+    dtypes = _chosen(parser, "--dtype", args.dtype, module.DTYPES[args.device], f"{args.op} on {args.device}")
+    modes = _chosen(parser, "--mode", args.mode, getattr(module, "MODES", MODES), args.op)
+    options = _ks(parser, args, module)
+    path = _path(parser, args)
+    if args.threads is not None:
+        torch.set_num_threads(args.threads)
+    cases = module.cases(args.shapes, args.device, dtypes, modes, **options)
+    try:
+        return _run(cases, args.device, args.seconds, path)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _save(report: rows.Report, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        report.save(path)
+    except OSError as error:
+        print(f"cannot write {path}: {error.strerror or error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _run(cases: Sequence[Case], device: str, seconds: float, path: Path | None) -> int:
+    environment = rows.environment(device)  # first: measuring raises the load average
+    timer = clock(device)
+    roof = roofline.measure(device, timer, {case.compute_dtype for case in cases})
+    report = rows.Report(environment, roof)
+    print(table.header(report), flush=True)
+    try:
+        for case in cases:
+            result = runner.run(case, timer, roof, seconds)
+            report.rows += result.rows
+            report.missing += result.missing
+            report.comparisons.append(result.comparison)
+            print("\n" + table.case(result.rows, result.missing, result.comparison), flush=True)
+            _save(report, path)
+        report.complete = True
+    finally:
+        print("\n" + table.summary(report), flush=True)
+    _save(report, path)
+    if path is not None:
+        print(f"rows: {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""`route` and `mixture_of_experts` beside eager torch: a loop over the experts, and all experts for all tokens.
+
+Three modalities, each kept to a part of the experts; SwiGLU experts; the router in float32 for all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.functional import linear, silu
+
+from ..routing import mixture_of_experts, route
+from .case import MODES, Call, Case, Inputs, Provider, Work, against, generator, in_mode, leaf, our_name, torch_dtype
+
+OP = "routing"
+DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+_MODALITIES = 3
+_LEAVES = ("x", "gate", "w_in", "w_out")
+SHAPES = {
+    "small": (
+        {"tokens": 128, "width": 32, "hidden": 64, "experts": 4, "k": 2},
+        {"tokens": 1, "width": 32, "hidden": 64, "experts": 4, "k": 2},
+    ),
+    "full": (
+        {"tokens": 8192, "width": 64, "hidden": 256, "experts": 16, "k": 2},
+        {"tokens": 8192, "width": 256, "hidden": 512, "experts": 8, "k": 2},
+        {"tokens": 256, "width": 256, "hidden": 512, "experts": 8, "k": 2},
+        {"tokens": 1, "width": 256, "hidden": 512, "experts": 8, "k": 2},
+    ),
+}
+
+
+def cases(shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES) -> list[Case]:
+    """One case per shape, dtype and mode."""
+    return [case(shape, dtype, device, mode) for shape in SHAPES[shapes] for dtype in dtypes for mode in modes]
+
+
+def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
+    """The case of `shape`. Tokens, the parameters of the experts that can be used, and their gradients, once."""
+    tokens, width, hidden, experts, k = shape.values()
+    size = torch_dtype(dtype).itemsize
+    used = min(experts, tokens * k)
+    rows, parameters = tokens * width * size, 3 * used * hidden * width * size
+    flops = 2 * tokens * width * (experts + 3 * k * hidden)
+    work = {
+        "forward": Work(flops, rows + parameters, rows),
+        "backward": Work(2 * flops, 2 * rows + parameters, rows + parameters),
+        "full": Work(3 * flops, 2 * rows + parameters, 2 * rows + parameters),
+    }[mode]
+    return Case(
+        OP,
+        shape,
+        dtype,
+        device,
+        mode,
+        work,
+        (
+            Provider(our_name("_experts_forward", device), _ours, ours=True),
+            Provider("torch loop over experts", _loop),
+            Provider("torch all experts for all tokens", _dense),
+        ),
+        inputs=lambda: inputs(shape, dtype, device),
+        judge=lambda given: against(_oracle(given, mode)),
+        compute_dtype=torch_dtype(dtype),
+    )
+
+
+def inputs(shape: dict[str, int], dtype: str, device: str) -> Inputs:
+    """Normal tokens and parameters; modality m may not use expert m, where there are more experts than modalities."""
+    random = generator(device)
+    tokens, width, hidden, experts, k = shape.values()
+
+    def normal(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (scale * torch.randn(*sizes, generator=random, device=device)).to(torch_dtype(dtype))
+
+    allowed = torch.ones(_MODALITIES, experts, dtype=torch.bool, device=device)
+    if experts > _MODALITIES:
+        allowed[range(_MODALITIES), range(_MODALITIES)] = False
+    return {
+        "x": normal(tokens, width),
+        "gate": normal(experts, width, scale=width**-0.5),
+        "w_in": normal(experts, 2 * hidden, width, scale=width**-0.5),
+        "w_out": normal(experts, width, hidden, scale=hidden**-0.5),
+        "modality": torch.randint(_MODALITIES, (tokens,), generator=random, device=device),
+        "allowed": allowed,
+        "k": k,
+        "grad": normal(tokens, width),
+    }
+
+
+def _ours(given: Inputs, mode: str, dtype: torch.dtype | None = None) -> Call:
+    x, gate, w_in, w_out = leaves = [leaf(given[name], dtype) for name in _LEAVES]
+    modality, allowed, k = given["modality"], given["allowed"], given["k"]
+    return in_mode(
+        lambda: mixture_of_experts(x, route(x, gate, k, modality=modality, allowed=allowed), w_in, w_out),
+        leaves,
+        given["grad"].to(x.dtype),
+        mode,
+    )
+
+
+def _routed(given: Inputs, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
+    logits = linear(x.float(), gate.float()).masked_fill(~given["allowed"][given["modality"]], -torch.inf)
+    weights, experts = logits.softmax(1).topk(given["k"])
+    return weights / weights.sum(1, keepdim=True), experts
+
+
+def _loop(given: Inputs, mode: str) -> Call:
+    """As transformers' eager experts do: for each expert that has tokens, gather, compute, add."""
+    x, gate, w_in, w_out = leaves = [leaf(given[name]) for name in _LEAVES]
+
+    def forward() -> Tensor:
+        weights, experts = _routed(given, x, gate)
+        out = torch.zeros_like(x)
+        for e in experts.unique().tolist():
+            token, slot = (experts == e).nonzero(as_tuple=True)
+            h_gate, up = linear(x[token], w_in[e]).chunk(2, 1)
+            y = linear(silu(h_gate) * up, w_out[e]) * weights[token, slot, None].to(x.dtype)
+            out = out.index_add(0, token, y)
+        return out
+
+    return in_mode(forward, leaves, given["grad"], mode)
+
+
+def _dense(given: Inputs, mode: str) -> Call:
+    x, gate, w_in, w_out = leaves = [leaf(given[name]) for name in _LEAVES]
+
+    def forward() -> Tensor:
+        weights, experts = _routed(given, x, gate)
+        full = weights.new_zeros(x.shape[0], w_in.shape[0]).scatter(1, experts, weights).to(x.dtype)
+        h_gate, up = torch.matmul(x, w_in.mT).chunk(2, 2)
+        return (torch.matmul(silu(h_gate) * up, w_out.mT) * full.T[:, :, None]).sum(0)
+
+    return in_mode(forward, leaves, given["grad"], mode)
+
+
+def _oracle(given: Inputs, mode: str) -> Sequence[Tensor]:
+    wide = {name: x.cpu() if isinstance(x, Tensor) else x for name, x in given.items()}
+    return _ours(wide, mode, torch.float64)()
