@@ -41,6 +41,7 @@ def oracle(
                     v = segment.value[rows_m, h // (heads // kv_heads)]
                     values.append(v if gate is None else v * (gate[b, h, m] if rows_m else 1))
                 results[first + i][h] = _attend(scores, values, None if sink is None else sink[h])
+
     def stack(n):
         return torch.stack([torch.stack([r[n] for r in row]) for row in results])
 
@@ -142,9 +143,7 @@ CASES = {
 
 def gradients(outputs, leaves, upstream):
     """Gradients of Σ upstream·output over the finite outputs; zeros where a leaf is not reached."""
-    loss = sum(
-        (torch.where(x.isfinite(), x, 0) * u.to(x.dtype)).sum() for x, u in zip(outputs, upstream, strict=True)
-    )
+    loss = sum((torch.where(x.isfinite(), x, 0) * u.to(x.dtype)).sum() for x, u in zip(outputs, upstream, strict=True))
     if not loss.requires_grad:
         return {n: torch.zeros_like(x) for n, x in leaves.items()}
     grads = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -258,10 +258,12 @@ def test_label_smoothing_averages_over_kept_keys() -> None:
     exclude = (torch.tensor([0, 1, 1]), torch.tensor([3]))
     value = info_nce(query, key, exclude=exclude, label_smoothing=0.2, symmetric=False, reduction="none")
     logits = query @ key.T
-    expected = torch.stack([
-        cross_entropy(logits[0, :3], torch.tensor(0), label_smoothing=0.2),
-        cross_entropy(logits[1], torch.tensor(1), label_smoothing=0.2),
-    ])
+    expected = torch.stack(
+        [
+            cross_entropy(logits[0, :3], torch.tensor(0), label_smoothing=0.2),
+            cross_entropy(logits[1], torch.tensor(1), label_smoothing=0.2),
+        ]
+    )
     same(value, expected, [query, key])
 
 

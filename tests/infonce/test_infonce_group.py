@@ -28,16 +28,18 @@ def batch(rows: tuple[int, int], keys: tuple[int, int], *, dtype: torch.dtype = 
         wide = torch.float64 if dtype == torch.float64 else torch.float32
         counts = torch.randint(0, 2, (nq,), generator=g)
         offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
-        ranks.append({
-            "query": torch.randn(nq, 4, dtype=dtype, generator=g),
-            "key": torch.randn(nk, 4, dtype=dtype, generator=g),
-            "scale": torch.rand(nq, dtype=wide, generator=g) + 0.5,
-            "target": torch.randint(-1, nk, (nq,), generator=g) if nk else torch.full((nq,), -1),
-            "key_ids": torch.randint(-1, 6, (nk,), generator=g),
-            "exclude": (offsets, torch.randint(-1, max(nk, 0), (int(offsets[-1]),), generator=g)),
-            "log_q": torch.randn(nk, dtype=wide, generator=g),
-            "weight": torch.rand(nq, dtype=wide, generator=g),
-        })
+        ranks.append(
+            {
+                "query": torch.randn(nq, 4, dtype=dtype, generator=g),
+                "key": torch.randn(nk, 4, dtype=dtype, generator=g),
+                "scale": torch.rand(nq, dtype=wide, generator=g) + 0.5,
+                "target": torch.randint(-1, nk, (nq,), generator=g) if nk else torch.full((nq,), -1),
+                "key_ids": torch.randint(-1, 6, (nk,), generator=g),
+                "exclude": (offsets, torch.randint(-1, max(nk, 0), (int(offsets[-1]),), generator=g)),
+                "log_q": torch.randn(nk, dtype=wide, generator=g),
+                "weight": torch.rand(nq, dtype=wide, generator=g),
+            }
+        )
     return ranks
 
 
@@ -115,11 +117,13 @@ def pair_arguments(rows: tuple[int, int]) -> list[dict[str, Any]]:
     ranks = []
     for rank, n in enumerate(rows):
         g = torch.Generator().manual_seed(40 + rank)
-        ranks.append({
-            "embeddings": {name: torch.randn(n, 3, dtype=torch.float64, generator=g) for name in "abc"},
-            "mask": {"a": torch.rand(n, generator=g) < 0.7, "c": torch.rand(n, generator=g) < 0.6},
-            "ids": torch.randint(0, 5, (n,), generator=g),
-        })
+        ranks.append(
+            {
+                "embeddings": {name: torch.randn(n, 3, dtype=torch.float64, generator=g) for name in "abc"},
+                "mask": {"a": torch.rand(n, generator=g) < 0.7, "c": torch.rand(n, generator=g) < 0.6},
+                "ids": torch.randint(0, 5, (n,), generator=g),
+            }
+        )
     return ranks
 
 
@@ -210,11 +214,13 @@ def test_parameter_and_scale_gradients_under_ddp_equal_those_of_one_process(proc
 
 def test_pairs_with_missing_modalities_equal_those_of_one_process(processes: list[dict[str, Any]]) -> None:
     ranks = pair_arguments(ROWS)
-    whole = pair_gradients({
-        "embeddings": {n: torch.cat([r["embeddings"][n] for r in ranks]) for n in "abc"},
-        "mask": {n: torch.cat([r["mask"][n] for r in ranks]) for n in "ac"},
-        "ids": torch.cat([r["ids"] for r in ranks]),
-    })
+    whole = pair_gradients(
+        {
+            "embeddings": {n: torch.cat([r["embeddings"][n] for r in ranks]) for n in "abc"},
+            "mask": {n: torch.cat([r["mask"][n] for r in ranks]) for n in "ac"},
+            "ids": torch.cat([r["ids"] for r in ranks]),
+        }
+    )
     loss, *found = zip(*(p["pairs"] for p in processes), strict=True)
     torch.testing.assert_close(torch.stack(loss).mean(), whole[0])
     for mine, other in zip(found, whole[1:], strict=True):

@@ -14,9 +14,7 @@ NAMES = ("text", "image", "table")
 
 def modalities(rows: int = 8, width: int = 4) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(11)
-    return {
-        name: torch.randn(rows, width, dtype=torch.float64, generator=generator).requires_grad_() for name in NAMES
-    }
+    return {name: torch.randn(rows, width, dtype=torch.float64, generator=generator).requires_grad_() for name in NAMES}
 
 
 def masks(rows: int = 8) -> dict[str, Tensor]:

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
 from mmrec.adaptation import Catalogue, CatalogueError
 
 

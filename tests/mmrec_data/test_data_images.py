@@ -6,8 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mmrec.adaptation import Catalogue, CatalogueError, image_patches, load_image
 from PIL import Image
+
+from mmrec.adaptation import Catalogue, CatalogueError, image_patches, load_image
 
 Writer = Callable[..., Path]
 

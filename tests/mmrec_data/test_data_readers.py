@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mmrec.adaptation import Catalogue, CatalogueError
 from mmrec.adaptation.readers.mmrec import follows_rule
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+
 from mmrec.adaptation import Catalogue, encode_table, image_patches, item_texts
 
 Find = Callable[[str], Path]

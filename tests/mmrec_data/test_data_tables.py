@@ -5,6 +5,7 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 import pytest
+
 from mmrec.adaptation import Catalogue, CatalogueError, Interactions, TableSchema, encode_table
 
 SCHEMA = TableSchema(numeric=("size", "sales"), categorical=("brand",), multi=("tags",))

@@ -3,6 +3,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from mmrec.adaptation import Catalogue, CatalogueError, TextTemplate, item_texts, mask_title
 
 

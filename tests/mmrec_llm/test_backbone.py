@@ -9,9 +9,10 @@ import sys
 import bitsandbytes as bnb
 import pytest
 import torch
+from torch import nn
+
 from mmrec.llm import Backbone, LoRAConfig
 from mmrec.llm.quantize import dequantized, keep_unpacked, quantized_linears
-from torch import nn
 
 IDS = torch.tensor([[2, 4, 9, 10, 3], [2, 7, 8, 20, 3]])
 
@@ -164,9 +165,12 @@ def test_lora_zero_start_targets_and_counts(model_folder):
     assert all(p.dtype == torch.float32 for p in adapted.trainable_parameters())
     attention = Backbone.load(model_folder, lora={"r": 8, "targets": "attention"})
     names = {n.split(".lora_")[0].split(".")[-1] for n, p in attention.model.named_parameters() if p.requires_grad}
-    assert names == {"bert": {"query", "key", "value", "dense"}, "qwen2": {"q_proj", "k_proj", "v_proj", "o_proj"}}[
-        plain.model.config.model_type
-    ]
+    assert (
+        names
+        == {"bert": {"query", "key", "value", "dense"}, "qwen2": {"q_proj", "k_proj", "v_proj", "o_proj"}}[
+            plain.model.config.model_type
+        ]
+    )
     assert len(attention.trainable_parameters()) == 2 * 2 * 4
 
 

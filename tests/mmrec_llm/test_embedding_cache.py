@@ -8,6 +8,7 @@ import threading
 
 import pytest
 import torch
+
 from mmrec.llm import Backbone, CacheWriteError, EmbeddingCache, Encoded
 
 CONTEXT = {"model": "m", "pooling": "mean"}

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 import torch
+
 from mmrec.llm import Backbone, Encoded
 from mmrec.llm.encode import plan_batches, pool
 

@@ -7,6 +7,7 @@ import json
 
 import pytest
 import torch
+
 from mmrec.llm import Backbone, minilm
 
 pytestmark = pytest.mark.skipif(

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 pytest.importorskip("PIL")
-from mmrec.llm import EmbeddingCache, VisionEncoder
 from PIL import Image
+
+from mmrec.llm import EmbeddingCache, VisionEncoder
 
 
 def save(folder, model, processor):
