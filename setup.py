@@ -57,14 +57,10 @@ class CMakeBuild(build_ext):
             sys.exit(f"{TORCH_REQUIREMENT} is needed to build: pip install torch, or set MMREC_TORCH_DIR to its folder")
         cmake = shutil.which("cmake")
         if cmake is None:
-            sys.exit(
-                "CMake >= 3.24 is needed to build: pip install cmake, or apt install cmake"
-            )
+            sys.exit("CMake >= 3.24 is needed to build: pip install cmake, or apt install cmake")
         compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
         if compiler is None:
-            sys.exit(
-                "A C++20 compiler is needed to build: g++ >= 11 or clang++ >= 14 (apt install g++), or set CXX"
-            )
+            sys.exit("A C++20 compiler is needed to build: g++ >= 11 or clang++ >= 14 (apt install g++), or set CXX")
         in_tree = self.editable_mode or self.inplace
         target = ROOT / "mmrec_kernels" if in_tree else Path(self.build_lib) / "mmrec_kernels"
         # In the tree the build folder stays, so that the next build compiles only what changed.

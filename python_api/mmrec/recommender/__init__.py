@@ -1,0 +1,29 @@
+"""The recommender: item tower, user tower, objective, and the order in which training reads the data."""
+
+from .batches import Batch, epoch_batches, num_batches
+from .config import IDENTITY, RecommenderConfig
+from .inputs import ItemInputs, ItemSpec, TableSpec, TokenSpec
+from .item_tower import ItemOutput, ItemTower
+from .model import Answers, ItemVectors, Recommender
+from .objective import Losses, Objective
+from .user_tower import UserTower
+
+__all__ = [
+    "IDENTITY",
+    "Answers",
+    "Batch",
+    "ItemInputs",
+    "ItemOutput",
+    "ItemSpec",
+    "ItemTower",
+    "ItemVectors",
+    "Losses",
+    "Objective",
+    "Recommender",
+    "RecommenderConfig",
+    "TableSpec",
+    "TokenSpec",
+    "UserTower",
+    "epoch_batches",
+    "num_batches",
+]

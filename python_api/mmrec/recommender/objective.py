@@ -1,0 +1,142 @@
+"""The training objective: next item, alignment of modalities, balance of experts."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from mmrec_kernels import info_nce
+
+from ..fusion import ModalityAlignment, ModalityMoE
+from .batches import Batch
+from .config import MAX_SCALE
+from .inputs import ItemInputs
+from .item_tower import ItemOutput
+from .model import Recommender
+
+__all__ = ["Losses", "Objective"]
+
+
+class Losses(NamedTuple):
+    """0-d each: the weighted `total`, and its parts unweighted: next `item`, `alignment`, `router` (already weighted).
+    `load [M, E]`: tokens per content modality and expert in this step, or None."""
+
+    total: Tensor
+    item: Tensor
+    alignment: Tensor
+    router: Tensor
+    load: Tensor | None
+
+
+class Objective(nn.Module):
+    """What training minimises, with the parameters that only training needs (alignment heads, scales).
+
+    Negatives "all": softmax over every item that training knows, as InfoNCE with the whole catalogue as keys. Items
+    never seen in training are left out: as negatives in every row they would be pushed below all others, and a cold
+    item is to be judged by its content.
+
+    Negatives "batch": the batch's own targets and `extra_negatives` uniform draws (mixed negative sampling, Yang et
+    al., WWW 2020). A key j is in the batch with a rate proportional to q_j = (Nq · p_j + n / W) / (Nq + n), p = the
+    share of targets, W = known items; log q_j is subtracted from its logit (Bengio and Senécal, 2008; Yi et al., RecSys
+    2019), and keys that are the same item as the row's target are masked.
+
+    Args:
+        model: the recommender.
+        popularity: int `[I]`, training interactions per item.
+    """
+
+    known: Tensor
+    place: Tensor
+    share: Tensor
+
+    def __init__(self, model: Recommender, popularity: np.ndarray) -> None:
+        super().__init__()
+        if popularity.shape != (model.spec.num_items,):
+            raise ValueError(f"popularity must have shape [{model.spec.num_items}], got {list(popularity.shape)}")
+        config = model.config
+        self.config = config
+        known = model.trained.nonzero()[:, 0]
+        self.full = config.negatives == "all" or (
+            config.negatives == "auto" and len(known) <= config.full_softmax_items
+        )
+        self.register_buffer("known", known, persistent=False)
+        place = torch.full((model.spec.num_items,), -1).to(known.device)
+        place[known] = torch.arange(len(known), device=known.device)
+        self.register_buffer("place", place, persistent=False)
+        share = torch.as_tensor(popularity, dtype=torch.float32, device=known.device)
+        self.register_buffer("share", share / share.sum().clamp(min=1), persistent=False)
+        self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale))) if config.score == "cosine" else None
+        self.alignment = None
+        if config.align_weight and len(config.modalities) > 1:
+            self.alignment = ModalityAlignment(config.modalities, config.width)
+
+    def forward(self, model: Recommender, inputs: ItemInputs, batch: Batch) -> Losses:
+        """The losses of one batch.
+
+        Args:
+            inputs: content of the known items, row n of item `known[n]`.
+            batch: windows whose items are all known.
+        """
+        if inputs.num_items != len(self.known):
+            raise ValueError(f"inputs must hold the {len(self.known)} known items, got {inputs.num_items}")
+        if self.full:
+            items = self.known
+            place = self.place
+            output = model.encode(inputs, items)
+        else:
+            extra = self._extra()
+            items = torch.cat([batch.index, batch.target, extra]).unique()
+            place = torch.full_like(self.place, -1)
+            place[items] = torch.arange(len(items), device=items.device)
+            output = model.encode(inputs.select(self.place[items]), items)
+        states = model.states(output.vectors, place[batch.index], batch.offsets)
+        if self.full:
+            item = self._all_items(states, output.vectors, place[batch.target])
+        else:
+            item = self._in_batch(states, output.vectors, place, batch.target, extra)
+        alignment = self._alignment(output)
+        router, load = item.new_zeros(()), None
+        if output.routing is not None:
+            router = ModalityMoE.penalty(output.routing.losses, self.config.balance_weight, self.config.z_weight)
+            load = output.routing.stats[..., 0]
+        total = item + self.config.align_weight * alignment + router
+        return Losses(total, item.detach(), alignment.detach(), router.detach(), load)
+
+    def _scale(self) -> float | Tensor:
+        return 1.0 if self.log_scale is None else self.log_scale.exp().clamp(max=MAX_SCALE)
+
+    def _all_items(self, states: Tensor, vectors: Tensor, target: Tensor) -> Tensor:
+        return info_nce(
+            states,
+            vectors,
+            scale=self._scale(),
+            symmetric=False,
+            target=target,
+            label_smoothing=self.config.label_smoothing,
+        )
+
+    def _in_batch(self, states: Tensor, vectors: Tensor, place: Tensor, target: Tensor, extra: Tensor) -> Tensor:
+        key_ids = torch.cat([target, extra])
+        draws, known = len(target) + len(extra), len(self.known)
+        rate = (len(target) * self.share[key_ids] + len(extra) / known) / draws
+        return info_nce(
+            states, vectors.index_select(0, place[key_ids]), scale=self._scale(), symmetric=False, key_ids=key_ids,
+            log_q=rate.log(), label_smoothing=self.config.label_smoothing,
+        )  # fmt: skip
+
+    def _extra(self) -> Tensor:
+        draws = torch.randint(len(self.known), (int(self.config.extra_negatives),), device=self.known.device)
+        return self.known[draws]
+
+    def _alignment(self, output: ItemOutput) -> Tensor:
+        if self.alignment is None or not output.pooled:
+            return output.vectors.new_zeros(())
+        count = len(output.vectors)
+        chosen = torch.randperm(count, device=output.vectors.device)[: int(self.config.align_items)]
+        embeddings = {name: values.index_select(0, chosen) for name, values in output.pooled.items()}
+        present = {name: output.present[name].index_select(0, chosen) for name in embeddings}
+        return self.alignment(embeddings, present)

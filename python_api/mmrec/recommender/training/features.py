@@ -1,0 +1,155 @@
+"""From a catalogue to what the item tower reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...fusion import TableInputs, Tokens
+from ..config import RecommenderConfig
+from ..inputs import ItemInputs, TableSpec
+
+if TYPE_CHECKING:
+    from ...adaptation import Catalogue
+    from ...llm import Backbone
+
+__all__ = ["Content", "prepare_content", "text_fields"]
+
+TABLE_FIELD = "table"
+
+
+@dataclass(frozen=True)
+class Content:
+    """The items' content, and the language model where its adapter is to be trained (else it has done its work)."""
+
+    inputs: ItemInputs
+    backbone: Backbone | None = None
+
+
+def prepare_content(
+    catalogue: Catalogue, config: RecommenderConfig, trained: np.ndarray, *, cache: Path | None = None
+) -> Content:
+    """Reads the config's modalities of every item.
+
+    Text is encoded by the frozen backbone, one vector per field (:func:`text_fields`) or token vectors of all fields as
+    one text; images are cut into patches; the table is standardised over the trained items; feature files are taken as
+    they are.
+
+    Args:
+        trained: bool ``[I]``, the items that training may look at.
+        cache: folder of an :class:`.EmbeddingCache`.
+
+    Raises:
+        ValueError: a modality that the catalogue does not have, a broken image, a backbone that cannot be loaded.
+    """
+    tokens: dict[str, Tokens] = {}
+    kinds: dict[str, int] = {}
+    table, table_spec, texts, backbone = None, None, None, None
+    for name in config.content:
+        if name == "text":
+            tokens[name], texts, kinds[name], backbone = _text(catalogue, config, cache)
+        elif name == "image":
+            tokens[name], kinds[name] = _images(catalogue, config)
+        elif name == "table":
+            table, table_spec = _table(catalogue, trained)
+        elif name in catalogue.features:
+            tokens[name], kinds[name] = _vectors(catalogue.features[name].values, catalogue.features[name].mask), 1
+        else:
+            raise ValueError(
+                f"modality {name!r} is not in {catalogue.name!r}; it has {sorted(catalogue.features)} as features"
+            )
+    inputs = ItemInputs(catalogue.num_items, tokens, table, table_spec, texts, kinds)
+    return Content(inputs, backbone if config.tune_backbone else None)
+
+
+def text_fields(catalogue: Catalogue) -> list[tuple[str, list[str], np.ndarray]]:
+    """``(name, texts, mask)`` per field: every text column on its own, then all other columns as "column: value"."""
+    from ...adaptation import TextTemplate, item_texts
+
+    schema = catalogue.schema
+    fields = [(column, *item_texts(catalogue, template=TextTemplate(columns=(column,)))) for column in schema.text]
+    if schema.categorical or schema.multi or schema.numeric:
+        fields.append((TABLE_FIELD, *item_texts(catalogue, template="table")))
+    return [field for field in fields if field[2].any()]
+
+
+def _text(
+    catalogue: Catalogue, config: RecommenderConfig, cache: Path | None
+) -> tuple[Tokens, tuple[str, ...] | None, int, Backbone]:
+    from ...llm import Backbone, EmbeddingCache
+
+    fields = text_fields(catalogue)
+    if not fields:
+        raise ValueError(f"modality 'text': {catalogue.name!r} has no text")
+    backbone = Backbone.load(
+        config.backbone, quantize=config.quantize, lora=config.lora_rank or None, max_length=config.text_max_length
+    )
+    settings: dict[str, Any] = {} if cache is None else {"cache": EmbeddingCache(cache)}
+    if config.text_level == "tokens":
+        return _token_text(catalogue, config, backbone, settings), None, 1, backbone
+    present = np.stack([mask for _, _, mask in fields], axis=1)
+    item, kind = np.nonzero(present)
+    texts = tuple(fields[k][1][i] for i, k in zip(item, kind, strict=True))
+    pooled = backbone.encode(texts, **settings).pooled
+    assert pooled is not None
+    return Tokens(pooled.float(), _offsets(present.sum(1)), torch.from_numpy(kind)), texts, len(fields), backbone
+
+
+def _token_text(
+    catalogue: Catalogue, config: RecommenderConfig, backbone: Backbone, settings: dict[str, Any]
+) -> Tokens:
+    from ...adaptation import item_texts
+
+    texts, mask = item_texts(catalogue)
+    budget = int(config.tokens_per_text)
+    found = backbone.encode(
+        [t for t, m in zip(texts, mask, strict=True) if m], pooling="tokens", token_budget=budget, **settings
+    )
+    assert found.values is not None and found.offsets is not None
+    lengths = np.zeros(len(texts), np.int64)
+    lengths[mask] = found.offsets.diff().numpy()
+    return Tokens(found.values.float(), _offsets(lengths), torch.zeros(len(found.values), dtype=torch.int64))
+
+
+def _images(catalogue: Catalogue, config: RecommenderConfig) -> tuple[Tokens, int]:
+    from ...adaptation import image_patches
+
+    found = image_patches(catalogue, int(config.image_size), int(config.image_patch))
+    per_image = found.values.shape[1]
+    values = torch.from_numpy(found.values[found.mask].reshape(-1, found.values.shape[2]))
+    kind = torch.arange(per_image).repeat(int(found.mask.sum()))
+    return Tokens(values, _offsets(found.mask * per_image), kind), per_image
+
+
+def _table(catalogue: Catalogue, trained: np.ndarray) -> tuple[TableInputs, TableSpec]:
+    from ...adaptation import encode_table
+
+    arrays = encode_table(catalogue, fit_items=trained)
+    bags = tuple((torch.from_numpy(c.offsets), torch.from_numpy(c.values)) for c in arrays.multi.values())
+    inputs = TableInputs(
+        torch.from_numpy(arrays.numeric),
+        torch.from_numpy(arrays.numeric_mask),
+        torch.from_numpy(arrays.categorical),
+        bags,
+    )
+    if not inputs.num_columns:
+        raise ValueError(f"modality 'table': {catalogue.name!r} has no numeric, categorical or multi-valued column")
+    # A column without any value among the trained items has nothing to embed, but an embedding needs a row.
+    sizes = tuple(max(1, size) for size in arrays.cardinalities)
+    spec = TableSpec(arrays.numeric.shape[1], sizes, tuple(max(1, c.cardinality) for c in arrays.multi.values()))
+    return inputs, spec
+
+
+def _vectors(values: np.ndarray, mask: np.ndarray) -> Tokens:
+    count = int(mask.sum())
+    return Tokens(torch.from_numpy(values[mask]), _offsets(mask), torch.zeros(count, dtype=torch.int64))
+
+
+def _offsets(lengths: np.ndarray | Sequence[int]) -> Tensor:
+    return torch.from_numpy(np.concatenate([[0], np.cumsum(np.asarray(lengths, np.int64))]))

@@ -1,0 +1,78 @@
+"""The user tower: a causal sequence model over the vectors of the items in a history.
+
+Pre-norm transformer (SASRec, Kang and McAuley, 2018, arXiv:1808.09781) whose attention is `cross_modal_attention` with
+one causal segment: sequences lie end to end, nothing is padded.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mmrec_kernels import Segment, cross_modal_attention
+
+__all__ = ["UserTower"]
+
+
+class _Block(nn.Module):
+    def __init__(self, width: int, heads: int, dropout: float) -> None:
+        super().__init__()
+        self.heads = heads
+        self.attention_norm = nn.LayerNorm(width)
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+        self.feed_norm = nn.LayerNorm(width)
+        self.feed = nn.Sequential(
+            nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
+        )
+        self.dropout = nn.Dropout(dropout)
+
+    def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
+        query, key, value = (
+            self.qkv(self.attention_norm(x)).view(len(x), 3, self.heads, x.shape[1] // self.heads).unbind(1)
+        )
+        heard = cross_modal_attention(query, [Segment(key, value, offsets, causal=True)], offsets)
+        x = x + self.dropout(self.out(heard.flatten(1)))
+        return x + self.dropout(self.feed(self.feed_norm(x)))
+
+
+class UserTower(nn.Module):
+    """Histories to states: one vector after every item of every history.
+
+    Args:
+        width: d of item vectors and states.
+        layers, heads, dropout: of the transformer.
+        max_length: longest history, in items; learned positions count from the oldest item read.
+    """
+
+    def __init__(self, width: int, *, layers: int, heads: int, max_length: int, dropout: float) -> None:
+        super().__init__()
+        self.max_length = max_length
+        self.position = nn.Parameter(torch.empty(max_length, width).normal_(std=0.05))
+        self.input_norm = nn.LayerNorm(width)
+        self.input_dropout = nn.Dropout(dropout)
+        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
+        self.output_norm = nn.LayerNorm(width)
+
+    def forward(self, item_vectors: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+        """`[T, d]`: state t has read the items of its history up to and including position t.
+
+        Args:
+            item_vectors: `[I, d]`, gathered by index.
+            index: int64 `[T]`, the rows of all histories end to end.
+            offsets: int64 `[B + 1]`; no history longer than `max_length`.
+
+        Raises:
+            ValueError: a history longer than `max_length`.
+        """
+        lengths = offsets.diff()
+        if len(index) and int(lengths.max()) > self.max_length:
+            raise ValueError(
+                f"histories must have at most max_length = {self.max_length} items, got {int(lengths.max())}"
+            )
+        place = torch.arange(len(index), device=index.device) - offsets[:-1].repeat_interleave(lengths)
+        x = item_vectors.index_select(0, index) + self.position.index_select(0, place)
+        x = self.input_dropout(self.input_norm(x))
+        for block in self.blocks:
+            x = block(x, offsets)
+        return self.output_norm(x)
