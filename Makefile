@@ -1,7 +1,7 @@
-# `make demo` and `make test` set everything up by themselves: a virtual environment outside the tree, named after what it
-# holds, so that a second run (or another clone) reuses it. VENV=… uses one of your own.
+# `make demo` and `make test` set everything up by themselves: a virtual environment outside the tree, named after the pins
+# it holds, so that a second run (or another clone) reuses it. VENV=… uses one of your own.
 PYTHON ?= python3
-KEY := $(shell cat pyproject.toml constraints.txt | cksum | cut -d' ' -f1)-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
+KEY := $(shell cat constraints.txt | cksum | cut -d' ' -f1)-$(shell $(PYTHON) -c 'import sys; print("py%d%d" % sys.version_info[:2])' 2>/dev/null)
 VENV ?= $(or $(XDG_CACHE_HOME),$(HOME)/.cache)/mmrec-kernels/venv-$(KEY)
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
