@@ -149,6 +149,8 @@ def test_with_text_changes_the_text_vectors_only() -> None:
     changed = whole.with_text(values)
     assert changed.tokens["text"].values is values and changed.tokens["text"].offsets is whole.tokens["text"].offsets
     assert changed.tokens["image"] is whole.tokens["image"] and changed.texts == whole.texts
+    part = whole.select(torch.tensor([1]))
+    assert part.with_text(part.tokens["text"].values).spec == part.to("cpu").spec == part.spec
 
 
 def test_inputs_must_agree_on_the_number_of_items() -> None:

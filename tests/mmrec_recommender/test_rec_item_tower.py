@@ -166,6 +166,29 @@ def test_whitening_is_fitted_on_the_given_items_only() -> None:
     assert fitted[0]["text.mean"].any()
 
 
+def test_whitening_beforehand_gives_the_same_bits() -> None:
+    model = model_of(config(content_dropout=0.4, identity_dropout=0.3)).train()
+    content = inputs()
+    white = model.item_tower.whiten_inputs(content)
+    assert white.whitened and not content.whitened
+    assert white.tokens["text"].values.shape[1] == 4 and white.tokens["image"].values.shape[1] == 3
+    found = []
+    for each in (content, white, white.to("cpu")):
+        torch.manual_seed(5)
+        found.append(encode(model, each))
+    assert all(torch.equal(other.vectors, found[0].vectors) for other in found[1:])
+    assert torch.equal(model.item_vectors(white).vectors, model.item_vectors(content).vectors)
+
+
+def test_whitened_inputs_are_neither_whitened_again_nor_given_other_texts() -> None:
+    tower = model_of(config()).item_tower
+    white = tower.whiten_inputs(inputs())
+    with pytest.raises(ValueError, match="inputs are whitened already"):
+        tower.whiten_inputs(white)
+    with pytest.raises(ValueError, match="inputs are whitened; text can be replaced only before that"):
+        white.with_text(white.tokens["text"].values)
+
+
 def test_no_experts_means_no_routing() -> None:
     model = model_of(config(experts_shared=0, experts_private=0))
     output = encode(model)

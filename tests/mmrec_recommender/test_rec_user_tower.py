@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mmrec.recommender import UserTower
@@ -104,6 +104,18 @@ def test_dropout_is_for_training() -> None:
     assert torch.equal(model(*given), model(*given))
     model.train()
     assert not torch.equal(model(*given), model(*given))
+
+
+def test_dropout_sits_on_the_input_both_branches_and_inside_the_feed_forward() -> None:
+    model = tower(dropout=0.5).train()
+    places: list[str] = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Dropout):
+            assert module.p == 0.5
+            module.register_forward_hook(lambda *_, name=name: places.append(name))
+    model(*histories())
+    blocks = [f"blocks.{i}.{place}" for i in range(2) for place in ("dropout", "feed.2", "dropout")]
+    assert places == ["input_dropout", *blocks]
 
 
 def test_no_histories_and_longest_history() -> None:

@@ -74,6 +74,7 @@ class ItemInputs:
         table_spec: the cardinalities, needed with `table`.
         texts: the texts behind `tokens["text"]`, one per token, where those can be encoded anew; else None.
         kinds: slots per modality of vectors; where a name is not listed, as many as its tokens use.
+        whitened: the vectors come from `ItemTower.whiten_inputs`.
     """
 
     num_items: int
@@ -82,6 +83,7 @@ class ItemInputs:
     table_spec: TableSpec | None = None
     texts: tuple[str, ...] | None = None
     kinds: Mapping[str, int] = field(default_factory=dict)
+    whitened: bool = False
 
     def __post_init__(self) -> None:
         for name, tokens in self.tokens.items():
@@ -111,10 +113,12 @@ class ItemInputs:
         tokens = {name: part.select(items) for name, part in self.tokens.items()}
         table = None if self.table is None else self.table.select(items)
         kinds = {name: spec.kinds for name, spec in self.spec.tokens.items()}
-        return ItemInputs(len(items), tokens, table, self.table_spec, None, kinds)
+        return ItemInputs(len(items), tokens, table, self.table_spec, None, kinds, self.whitened)
 
     def with_text(self, values: Tensor) -> ItemInputs:
         """The same inputs with other text vectors `[T, d]`."""
+        if self.whitened:
+            raise ValueError("inputs are whitened; text can be replaced only before that")
         old = self.tokens["text"]
         tokens = {**self.tokens, "text": Tokens(values, old.offsets, old.kind)}
         return ItemInputs(self.num_items, tokens, self.table, self.table_spec, self.texts, self.kinds)
@@ -123,7 +127,7 @@ class ItemInputs:
         """The same inputs on `device`."""
         tokens = {name: tokens.to(device) for name, tokens in self.tokens.items()}
         table = None if self.table is None else self.table.to(device)
-        return ItemInputs(self.num_items, tokens, table, self.table_spec, self.texts, self.kinds)
+        return ItemInputs(self.num_items, tokens, table, self.table_spec, self.texts, self.kinds, self.whitened)
 
 
 def _num_kinds(tokens: Tokens) -> int:

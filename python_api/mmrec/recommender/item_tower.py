@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import NamedTuple
 
 import torch
@@ -85,6 +86,16 @@ class ItemTower(nn.Module):
             assert isinstance(whiten, Whitening)
             whiten.fit(inputs.tokens[name], items)
 
+    @torch.no_grad()
+    def whiten_inputs(self, inputs: ItemInputs) -> ItemInputs:
+        """`inputs` with their vectors whitened: what training reads in every step, computed once, after the fit."""
+        if inputs.whitened:
+            raise ValueError("inputs are whitened already")
+        tokens = dict(inputs.tokens)
+        for name, whiten in self.whiten.items():
+            tokens[name] = tokens[name]._replace(values=whiten(tokens[name].values, tokens[name].kind))
+        return dataclasses.replace(inputs, tokens=tokens, whitened=True)
+
     def forward(self, inputs: ItemInputs, items: Tensor, trained: Tensor) -> ItemOutput:
         """Encodes the N items of `inputs`.
 
@@ -120,8 +131,8 @@ class ItemTower(nn.Module):
                 tokens[name] = self.table(inputs.table)
                 continue
             raw = inputs.tokens[name]
-            white = self.content_dropout(self.whiten[name](raw.values, raw.kind))
-            values = self.project[name](white) + self.slot[name].index_select(0, raw.kind)
+            white = raw.values if inputs.whitened else self.whiten[name](raw.values, raw.kind)
+            values = self.project[name](self.content_dropout(white)) + self.slot[name].index_select(0, raw.kind)
             tokens[name] = Tokens(values, raw.offsets, raw.kind)
         return tokens
 

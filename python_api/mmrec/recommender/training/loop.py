@@ -100,7 +100,7 @@ class _Loop:
         tuned = content.backbone is not None
         text = content.inputs.tokens["text"].values.clone() if tuned else None
         self.state = State.fresh(model, objective, config, content.backbone, text)
-        self.known_inputs = content.inputs.select(self.known)
+        self.known_inputs = model.item_tower.whiten_inputs(content.inputs.select(self.known))
         self.total = num_batches(split.train, config.max_length, config.batch_size) * config.epochs
         self.saved = time.monotonic()
 
