@@ -208,16 +208,26 @@ void load_panel(const TopkScan<T>& scan, int64_t first, Panel<T>& panel) {
                              : scan.item_type == ItemType::kFloat32  ? 4
                              : scan.item_type == ItemType::kBFloat16 ? 2
                                                                      : 1;
+  const int64_t step = scan.row_stride * item_bytes;
+  const char* items = static_cast<const char*>(scan.items);
   const char* rows[kRows];
-  for (int i = 0; i < kRows; ++i) {
-    // Rows past the end repeat the last one: read, never used.
-    const int64_t position = first + (i < panel.count ? i : panel.count - 1);
-    const int64_t row = scan.ids != nullptr ? scan.ids[position] : position;
-    rows[i] = static_cast<const char*>(scan.items) + row * scan.row_stride * item_bytes;
-    if (scan.scales != nullptr) panel.scale[i] = static_cast<T>(scan.scales[row]);
-    if (scan.bias != nullptr) panel.bias[i] = scan.bias[row];
+  if (scan.ids == nullptr && panel.count == kRows) {
+    for (int i = 0; i < kRows; ++i) rows[i] = items + (first + i) * step;
+    if (scan.scales != nullptr) {
+      for (int i = 0; i < kRows; ++i) panel.scale[i] = static_cast<T>(scan.scales[first + i]);
+    }
+    if (scan.bias != nullptr) std::memcpy(panel.bias, scan.bias + first, sizeof(panel.bias));
+  } else {
+    for (int i = 0; i < kRows; ++i) {
+      // Rows past the end repeat the last one: read, never used.
+      const int64_t position = first + (i < panel.count ? i : panel.count - 1);
+      const int64_t row = scan.ids != nullptr ? scan.ids[position] : position;
+      rows[i] = items + row * step;
+      if (scan.scales != nullptr) panel.scale[i] = static_cast<T>(scan.scales[row]);
+      if (scan.bias != nullptr) panel.bias[i] = scan.bias[row];
+    }
   }
-  const int64_t ahead = scan.ids != nullptr ? 0 : kRows * scan.row_stride * item_bytes;
+  const int64_t ahead = scan.ids != nullptr ? 0 : kRows * step;
   pack(scan.item_type, rows, scan.width, ahead, scan.panel);
   panel.values = scan.panel;
 }
