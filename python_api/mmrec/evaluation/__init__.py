@@ -38,6 +38,7 @@ __all__ = [
     "evaluate",
     "evaluate_rankings",
     "format_table",
+    "hold_out_items",
     "interval",
     "item_knn",
     "missing",
@@ -49,7 +50,6 @@ __all__ = [
     "print_table",
     "rank",
     "rank_scores",
-    "hold_out_items",
     "split",
     "write_report",
 ]
