@@ -124,11 +124,14 @@ def _merge_kernel(partial_ptr, scores_ptr, ids_ptr, k, num_splits, K: tl.constex
 def block_sizes(num_queries: int, width: int, k: int, has_candidates: bool) -> dict[str, int]:
     """Tile sizes by shape alone: BLOCK_Q, BLOCK_N, BLOCK_D, K (the power of two that holds k), and warps for them."""
     kept = max(next_power_of_two(k), 16)
-    single = has_candidates or num_queries <= 4 or kept > 128
+    # Sorting one long list spreads badly over a block's threads and spills; sixteen of up to 128 keys do not.
+    single = has_candidates or kept > 128 or (num_queries <= 4 and kept < 64)
     block_n = max(kept, 128) if single else max(kept, 64)
     block_d = min(max(next_power_of_two(width), 16), 64)
-    # Sixteen lists of 64 or more keys, joined with as many, spill in four warps.
-    warps = 8 if not single and kept >= 64 else 4
+    if single:
+        # The tile of items is held in registers while it is multiplied.
+        block_d = min(block_d, max(8192 // block_n, 4))
+    warps = 8 if kept >= 64 and not single else 4
     return {"BLOCK_Q": 1 if single else 16, "BLOCK_N": block_n, "BLOCK_D": block_d, "K": kept, "num_warps": warps}
 
 
