@@ -26,7 +26,7 @@ PATCHES = 3
 SMALL: dict[str, Any] = {
     "width": 8, "item_queries": 2, "item_heads": 2, "text_rank": 4, "image_rank": 3, "experts_shared": 1,
     "experts_private": 1, "experts_per_token": 2, "expert_hidden": 6, "layers": 2, "heads": 2, "max_length": 6,
-    "identity_dropout": 0.0, "content_dropout": 0.0, "dropout": 0.0, "extra_negatives": 5,
+    "identity_dropout": 0.0, "content_dropout": 0.0, "dropout": 0.0, "extra_negatives": 5, "table_pooled": False,
 }  # fmt: skip
 CONTENT = ("text", "image", "table")
 ALL = ("identity", *CONTENT)

@@ -101,7 +101,7 @@ def test_wrong_types_name_the_field(name: str, value: Any) -> None:
         ({"text_level": "words"}, "text_level must be one of .*got 'words'"),
         ({"width": 62, "heads": 4}, "width must be a multiple of heads and item_heads, got 62, 4 and 2"),
         ({"width": 62, "item_heads": 4}, "width must be a multiple of heads and item_heads, got 62, 2 and 4"),
-        ({"image_size": 60}, "image_size must be a multiple of image_patch, got 60 and 16"),
+        ({"image_size": 60}, "image_size must be a multiple of image_patch, got 60 and 32"),
         ({"experts_per_token": 4}, r"experts_per_token must be at most .*= 3, got 4"),
         ({"tune_backbone": True, "modalities": ("identity",)}, "tune_backbone needs the text modality"),
         ({"tune_backbone": True, "text_level": "tokens"}, "tune_backbone needs .*text_level 'fields'"),

@@ -240,3 +240,14 @@ def test_a_feature_file_is_a_modality_of_its_own() -> None:
     tower = ItemTower(config("audio", text_rank=2, image_rank=5), named.spec).double().eval()
     output = tower(named, EVERY, torch.from_numpy(TRAINED))
     assert tower.whiten["audio"].matrix.shape == (5, 2) and output.mass.shape == (ITEMS, 1)
+
+
+def test_identity_is_added_past_the_attention_where_it_is_known():
+    model = model_of(config())
+    fused = []
+    model.item_tower.fuse.register_forward_hook(lambda module, arguments, output: fused.append(output.values))
+    items = torch.arange(ITEMS)
+    vectors = model.encode(inputs(), items).vectors
+    known = torch.from_numpy(TRAINED).unsqueeze(1)
+    identity = torch.where(known, model.item_tower.identity, 0)
+    torch.testing.assert_close(vectors, fused[0] * model.item_tower.gain + identity)

@@ -21,8 +21,7 @@ if TYPE_CHECKING:
 
 __all__ = ["demo_command"]
 
-_EPOCHS = 20
-_SETTINGS = ("table_pooled=true", "image_patch=32")
+_EPOCHS = 40
 _SHOWN = 5
 
 
@@ -43,9 +42,7 @@ def demo_command(
     folder = out / "catalogue"
     _generate(folder, users, items, seed)
     data = load_data(folder, "S", layout="folder")
-    given = {entry.partition("=")[0] for entry in settings}
-    defaults = [entry for entry in _SETTINGS if entry.partition("=")[0] not in given]
-    chosen = Choices(backbone=backbone, epochs=epochs or _EPOCHS, settings=(*defaults, *settings))
+    chosen = Choices(backbone=backbone, epochs=epochs or _EPOCHS, settings=tuple(settings))
     source = Source(folder.absolute(), "folder", "S", 0)
     content = train_and_report(data, chosen.config(data.catalogue, seed), out / "run", source, resume=True)
     answers = _recommend(data, out / "run")

@@ -51,7 +51,7 @@ class RecommenderConfig:
         modalities and `experts_private` per modality, `experts_per_token` chosen, `expert_hidden` wide (0 experts of
         either kind = none); `identity_dropout`: share of items whose identity is hidden in a training step, so that
         content learns to stand in; `modality_dropout`: the same for each content modality; `content_dropout`: on
-        content vectors.
+        content vectors and experts.
 
     User tower: `layers`, `heads`, `max_length` last items read, `dropout`.
 
@@ -80,9 +80,9 @@ class RecommenderConfig:
     tune_items: int = 16
     text_rank: int = 384
     image_size: int = 64
-    image_patch: int = 16
+    image_patch: int = 32
     image_rank: int = 64
-    table_pooled: bool = False
+    table_pooled: bool = True
 
     width: int = 64
     item_queries: int = 4
@@ -91,9 +91,9 @@ class RecommenderConfig:
     experts_private: int = 1
     experts_per_token: int = 2
     expert_hidden: int = 64
-    identity_dropout: float = 0.1
+    identity_dropout: float = 0.05
     modality_dropout: float = 0.0
-    content_dropout: float = 0.3
+    content_dropout: float = 0.1
 
     layers: int = 2
     heads: int = 2
@@ -106,7 +106,7 @@ class RecommenderConfig:
     full_softmax_items: int = 30_000
     extra_negatives: int = 1024
     label_smoothing: float = 0.0
-    align_weight: float = 0.1
+    align_weight: float = 0.02
     align_items: int = 256
     balance_weight: float = 0.01
     z_weight: float = 0.001

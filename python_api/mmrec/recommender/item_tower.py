@@ -36,8 +36,9 @@ class ItemTower(nn.Module):
 
     Content: frozen encoders' vectors are whitened and projected, table cells embedded, each with an embedding of its
     slot. All tokens of all modalities go through one `ModalityMoE`; `CrossModalAttention` fuses them with the identity,
-    which is a modality of one token. An item whose identity is unknown (never trained) is described by its content
-    alone. With ("identity",) alone there is nothing to fuse and the vector is the identity embedding.
+    which is a modality of one token and is added to the result as well. An item whose identity is unknown (never
+    trained) is described by its content alone. With ("identity",) alone there is nothing to fuse and the vector is the
+    identity embedding.
     """
 
     def __init__(self, config: RecommenderConfig, spec: ItemSpec) -> None:
@@ -72,7 +73,7 @@ class ItemTower(nn.Module):
         if config.experts_shared + config.experts_private:
             self.experts = ModalityMoE(
                 width, len(config.content), shared=config.experts_shared, private=config.experts_private,
-                hidden=config.expert_hidden, k=config.experts_per_token, dropout=config.dropout,
+                hidden=config.expert_hidden, k=config.experts_per_token, dropout=config.content_dropout,
             )  # fmt: skip
         self.fuse = CrossModalAttention(
             config.modalities, width, num_queries=config.item_queries, num_heads=config.item_heads
@@ -119,8 +120,14 @@ class ItemTower(nn.Module):
         if self.identity is not None:
             tokens[IDENTITY] = self._identity(items)
             pooled[IDENTITY] = tokens[IDENTITY].values
-        fused = self.fuse(tokens, absent=self._absent(present))
-        return ItemOutput(fused.values * self.gain, fused.mass, routing, pooled, present)
+        absent = self._absent(present)
+        fused = self.fuse(tokens, absent=absent)
+        vectors = fused.values * self.gain
+        if self.identity is not None and absent is not None:
+            # Past the attention too: through it alone an identity learns only as fast as it is listened to.
+            unknown = absent[:, self.modalities.index(IDENTITY)].unsqueeze(1)
+            vectors = vectors + torch.where(unknown, 0, self.identity.index_select(0, items))
+        return ItemOutput(vectors, fused.mass, routing, pooled, present)
 
     def _content(self, inputs: ItemInputs) -> dict[str, Tokens]:
         tokens: dict[str, Tokens] = {}
