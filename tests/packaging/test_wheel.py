@@ -106,7 +106,7 @@ def test_every_op_runs_in_a_new_environment(wheel, tmp_path):
     run(*pip, "torch", "numpy")
     run(*pip, wheel)
     script = tmp_path / "every_op.py"
-    shutil.copy(ROOT / "tests/build/every_op.py", script)
+    shutil.copy(ROOT / "tests/packaging/every_op.py", script)
     # Safe path: neither the checkout nor the script's folder may shadow the wheel.
     safe = ("-P",) if sys.version_info >= (3, 11) else ("-I",)
     assert "every op ran" in run(python, *safe, script, cwd=tmp_path)
