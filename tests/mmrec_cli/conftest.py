@@ -49,7 +49,8 @@ def own_copy(generated: Path, tmp_path: Path) -> Path:
 # Small enough for seconds; the language model is a tiny one with random weights, read from a folder like any other.
 TINY = (
     "--epochs", "3", "--set", "width=16", "--set", "item_heads=1", "--set", "heads=1", "--set", "expert_hidden=16",
-    "--set", "table_pooled=true", "--set", "image_size=16", "--set", "batch_size=16", "--set", "text_max_length=32",
+    "--set", "table_pooled=true", "--set", "image_size=16", "--set", "image_patch=16",
+    "--set", "batch_size=16", "--set", "text_max_length=32",
     "--set", "learning_rate=0.01",
 )  # fmt: skip
 
