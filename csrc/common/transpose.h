@@ -40,9 +40,21 @@ MMREC_INLINE void transpose_words(Word* r) {
 MMREC_INLINE F32 as_float(Word a) { return {_mm512_castsi512_ps(a)}; }
 MMREC_INLINE F32 bf16_low(Word a) { return as_float(_mm512_slli_epi32(a, 16)); }
 MMREC_INLINE F32 bf16_high(Word a) { return as_float(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))); }
-template <int kByte>
-MMREC_INLINE F32 int8_at(Word a) {
-  return {_mm512_cvtepi32_ps(_mm512_srai_epi32(kByte == 3 ? a : _mm512_slli_epi32(a, 24 - 8 * kByte), 24))};
+// The four int8 of a word, in order. x + 128 is laid into the mantissa of 2^23 or 2^15, whose last bit is the byte's last bit;
+// what is subtracted again is exact. (Shifts and conversions would compete with the transposition for its two ports.)
+MMREC_INLINE void int8_columns(Word a, F32* out) {
+  // Bit by bit, of (a, b, c): b ? a ^ c : c. So b takes the byte, and c flips its sign and sets the exponent.
+  const auto lay = [](Word word, int byte, int exponent) __attribute__((always_inline)) {
+    const Word select = _mm512_set1_epi32(0xff << byte), base = _mm512_set1_epi32(exponent | (0x80 << byte));
+    return _mm512_castsi512_ps(_mm512_ternarylogic_epi32(word, select, base, 0x6a));
+  };
+  constexpr int k2To23 = 0x4b000000, k2To15 = 0x47000000;
+  const __m512 low = _mm512_set1_ps(8388608.0f + 128.0f), high = _mm512_set1_ps(32768.0f + 128.0f);
+  const Word upper = _mm512_srli_epi32(a, 16);
+  out[0] = {_mm512_sub_ps(lay(a, 0, k2To23), low)};
+  out[1] = {_mm512_sub_ps(lay(a, 8, k2To15), high)};
+  out[2] = {_mm512_sub_ps(lay(upper, 0, k2To23), low)};
+  out[3] = {_mm512_sub_ps(lay(upper, 8, k2To15), high)};
 }
 
 #elif defined(__AVX2__)
@@ -70,9 +82,12 @@ MMREC_INLINE void transpose_words(Word* r) {
 MMREC_INLINE F32 as_float(Word a) { return {_mm256_castsi256_ps(a)}; }
 MMREC_INLINE F32 bf16_low(Word a) { return as_float(_mm256_slli_epi32(a, 16)); }
 MMREC_INLINE F32 bf16_high(Word a) { return as_float(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))); }
-template <int kByte>
-MMREC_INLINE F32 int8_at(Word a) {
-  return {_mm256_cvtepi32_ps(_mm256_srai_epi32(kByte == 3 ? a : _mm256_slli_epi32(a, 24 - 8 * kByte), 24))};
+// The four int8 of a word, in order.
+MMREC_INLINE void int8_columns(Word a, F32* out) {
+  out[0] = {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 24), 24))};
+  out[1] = {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 16), 24))};
+  out[2] = {_mm256_cvtepi32_ps(_mm256_srai_epi32(_mm256_slli_epi32(a, 8), 24))};
+  out[3] = {_mm256_cvtepi32_ps(_mm256_srai_epi32(a, 24))};
 }
 #endif
 

@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory>
+#include <numeric>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -56,52 +57,42 @@ IdLists sorted_lists(const char* name, const Tensor& offsets, const Tensor& ids,
 }
 
 template <typename T>
-struct Entry {
-  T score;
-  int64_t id;
-  // Best first: higher score, then lower id. No NaN gets here.
-  bool operator<(const Entry& other) const {
-    return score > other.score || (score == other.score && id < other.id);
-  }
-};
-
-template <typename T>
-void shrink(Selection<T>* selection) {
-  std::vector<Entry<T>> entries(static_cast<size_t>(selection->count));
-  for (int64_t i = 0; i < selection->count; ++i) entries[i] = {selection->scores[i], selection->ids[i]};
-  const int64_t k = selection->k;
-  std::nth_element(entries.begin(), entries.begin() + (k - 1), entries.end());
-  for (int64_t i = 0; i < k; ++i) {
-    selection->scores[i] = entries[i].score;
-    selection->ids[i] = entries[i].id;
-  }
-  selection->count = k;
-  selection->threshold = entries[k - 1].score;
-}
-
-template <typename T>
 void run_scan(const TopkScan<T>& scan) {
   using Scan = void (*)(const TopkScan<T>&);
   static constexpr Scan kScan[] = MMREC_ISA_TABLE(topk_scan);
   kScan[static_cast<int>(cpu_isa())](scan);
 }
 
-// Queries of [num_queries, width] to groups of kQueryGroup: [group][width][kQueryGroup], zeros in the last group.
-template <typename T, typename Q>
-std::vector<T> pack_queries(const Q* query, int64_t num_queries, int64_t width, int64_t row_stride, T (*widen)(Q)) {
+template <typename T>
+void run_cut(Selection<T>& selection, std::vector<T>& scratch) {
+  using Cut = void (*)(Selection<T>&, void*);
+  static constexpr Cut kCut[] = MMREC_ISA_TABLE(topk_cut);
+  scratch.resize(static_cast<size_t>(selection.count));
+  kCut[static_cast<int>(cpu_isa())](selection, scratch.data());
+}
+
+// Queries of [num_queries, width] to groups of kQueryGroup: [group][steps][kQueryGroup], zeros in the last group. `step`
+// makes what meets a step's item columns from the query's columns, of which it is given a pointer and how many are left.
+template <typename T, typename Q, typename Step>
+std::vector<T> pack_queries(const Tensor& query, int64_t per_step, const Step& step) {
+  const int64_t num_queries = query.size(0), width = query.size(1), steps = (width + per_step - 1) / per_step;
   const int64_t groups = (num_queries + kQueryGroup - 1) / kQueryGroup;
-  std::vector<T> packed(static_cast<size_t>(groups * width * kQueryGroup), T(0));
+  const Q* rows = static_cast<const Q*>(query.const_data_ptr());
+  std::vector<T> packed(static_cast<size_t>(groups * steps * kQueryGroup), T(0));
   for (int64_t b = 0; b < num_queries; ++b) {
-    T* group = packed.data() + (b / kQueryGroup) * width * kQueryGroup + b % kQueryGroup;
-    for (int64_t d = 0; d < width; ++d) group[d * kQueryGroup] = widen(query[b * row_stride + d]);
+    const Q* row = rows + b * query.stride(0);
+    T* group = packed.data() + (b / kQueryGroup) * steps * kQueryGroup + b % kQueryGroup;
+    for (int64_t s = 0; s < steps; ++s) {
+      const T value = step(row + s * per_step, width - s * per_step);
+      std::memcpy(group + s * kQueryGroup, &value, sizeof(value));
+    }
   }
   return packed;
 }
 
-float widen_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+float from_bits(uint32_t bits) {
   float value;
-  std::memcpy(&value, &wide, sizeof(value));
+  std::memcpy(&value, &bits, sizeof(value));
   return value;
 }
 
@@ -117,19 +108,20 @@ struct Problem {
 template <typename T>
 struct Task {
   int64_t query_begin, query_end, item_begin, item_end;
-  std::vector<T> scores;
+  std::vector<T> scores, keys;
   std::vector<int64_t> ids;
   std::vector<Selection<T>> selections;
 
   void run(const Problem<T>& problem) {
     const int64_t n = query_end - query_begin, k = problem.k;
-    // Twice k amortises a shrink over k insertions; the floor does it for small k.
-    const int64_t capacity = k + std::max<int64_t>(k, 64);
-    scores.resize(static_cast<size_t>(n * capacity));
-    ids.resize(static_cast<size_t>(n * capacity));
+    // Twice k amortises a cut over k insertions; the floor does it for small k.
+    const int64_t capacity = k + std::max<int64_t>(k, 64), room = capacity + kSelectionSlack;
+    scores.resize(static_cast<size_t>(n * room));
+    ids.resize(static_cast<size_t>(n * room));
+    keys.resize(static_cast<size_t>(room));
     selections.resize(static_cast<size_t>(n));
     std::unique_ptr<char[]> scratch(
-        new char[static_cast<size_t>(problem.scan.width * kMaxPanelRows) * sizeof(T) + kAlign]);
+        new char[static_cast<size_t>(problem.scan.steps * kMaxPanelRows) * sizeof(T) + kAlign]);
     TopkScan<T> scan = problem.scan;
     scan.panel = reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(scratch.get()) + kAlign - 1) / kAlign * kAlign);
     for (int64_t i = 0; i < n; ++i) {
@@ -140,14 +132,15 @@ struct Task {
         excluded = problem.exclude->ids.data() + problem.exclude->offsets[b];
         excluded_end = problem.exclude->ids.data() + problem.exclude->offsets[b + 1];
       }
-      selections[i] = {-std::numeric_limits<T>::infinity(), 0,        capacity,    k, scores.data() + i * capacity,
-                       ids.data() + i * capacity,           excluded, excluded_end};
+      selections[i] = {-std::numeric_limits<T>::infinity(), 0, capacity, k, scores.data() + i * room,
+                       ids.data() + i * room, excluded, excluded_end};
     }
+    scan.keys = keys.data();
     if (problem.candidates) {
       run_candidates(problem, scan);
       return;
     }
-    scan.queries = problem.queries.data() + query_begin * scan.width;
+    scan.queries = problem.queries.data() + query_begin * scan.steps;
     scan.num_queries = n;
     scan.selections = selections.data();
     scan.begin = item_begin;
@@ -157,10 +150,12 @@ struct Task {
 
   // Each query has its own items: one scan each, over a group that holds it alone.
   void run_candidates(const Problem<T>& problem, TopkScan<T>& scan) {
-    std::vector<T> alone(static_cast<size_t>(scan.width * kQueryGroup), T(0));
+    std::vector<T> alone(static_cast<size_t>(scan.steps * kQueryGroup), T(0));
     for (int64_t b = query_begin; b < query_end; ++b) {
-      const T* group = problem.queries.data() + (b / kQueryGroup) * scan.width * kQueryGroup + b % kQueryGroup;
-      for (int64_t d = 0; d < scan.width; ++d) alone[d * kQueryGroup] = group[d * kQueryGroup];
+      const T* group = problem.queries.data() + (b / kQueryGroup) * scan.steps * kQueryGroup + b % kQueryGroup;
+      for (int64_t s = 0; s < scan.steps; ++s) {
+        std::memcpy(&alone[s * kQueryGroup], group + s * kQueryGroup, sizeof(T));
+      }
       scan.queries = alone.data();
       scan.num_queries = 1;
       scan.selections = &selections[b - query_begin];
@@ -198,21 +193,36 @@ std::vector<Task<T>> divide(const Problem<T>& problem, int64_t threads) {
   return tasks;
 }
 
+// Merges what the tasks found for the queries [begin, end) and writes it, best first.
 template <typename T>
-void select(const Problem<T>& problem, std::vector<Task<T>>& tasks, T* scores, int64_t* ids) {
-  std::vector<Entry<T>> entries;
-  for (int64_t b = 0; b < problem.num_queries; ++b) {
-    entries.clear();
-    for (Task<T>& task : tasks) {
+void merge(const Problem<T>& problem, const std::vector<Task<T>>& tasks, int64_t begin, int64_t end, T* scores,
+           int64_t* ids) {
+  const int64_t k = problem.k;
+  std::vector<T> found, scratch;
+  std::vector<int64_t> found_ids, order;
+  for (int64_t b = begin; b < end; ++b) {
+    found.clear();
+    found_ids.clear();
+    for (const Task<T>& task : tasks) {  // by ascending items, so ids ascend where scores are equal
       if (b < task.query_begin || b >= task.query_end) continue;
-      const Selection<T>& selection = task.selections[b - task.query_begin];
-      for (int64_t i = 0; i < selection.count; ++i) entries.push_back({selection.scores[i], selection.ids[i]});
+      const Selection<T>& selection = task.selections[static_cast<size_t>(b - task.query_begin)];
+      found.insert(found.end(), selection.scores, selection.scores + selection.count);
+      found_ids.insert(found_ids.end(), selection.ids, selection.ids + selection.count);
     }
-    const int64_t found = std::min<int64_t>(problem.k, static_cast<int64_t>(entries.size()));
-    std::partial_sort(entries.begin(), entries.begin() + found, entries.end());
-    for (int64_t i = 0; i < problem.k; ++i) {
-      scores[b * problem.k + i] = i < found ? entries[i].score : -std::numeric_limits<T>::infinity();
-      ids[b * problem.k + i] = i < found ? entries[i].id : -1;
+    Selection<T> best{};
+    best.count = static_cast<int64_t>(found.size());
+    best.k = k;
+    best.scores = found.data();
+    best.ids = found_ids.data();
+    if (best.count > k) run_cut(best, scratch);
+    order.resize(static_cast<size_t>(best.count));
+    std::iota(order.begin(), order.end(), int64_t{0});
+    std::sort(order.begin(), order.end(), [&](int64_t a, int64_t c) {
+      return best.scores[a] > best.scores[c] || (best.scores[a] == best.scores[c] && a < c);
+    });
+    for (int64_t i = 0; i < k; ++i) {
+      scores[b * k + i] = i < best.count ? best.scores[order[i]] : -std::numeric_limits<T>::infinity();
+      ids[b * k + i] = i < best.count ? best.ids[order[i]] : -1;
     }
   }
 }
@@ -227,9 +237,7 @@ std::tuple<Tensor, Tensor> topk_as(Problem<T>& problem, const Tensor& query, con
                                    const std::optional<Tensor>& bias) {
   problem.scan.items = items.const_data_ptr();
   problem.scan.row_stride = items.stride(0);
-  problem.scan.width = query.size(1);
   problem.scan.ids = nullptr;
-  problem.scan.shrink = shrink<T>;
   problem.scan.bias = bias ? static_cast<const T*>(bias->const_data_ptr()) : nullptr;
   Tensor scores = torch::stable::new_empty(query, {problem.num_queries, problem.k},
                                            sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
@@ -238,7 +246,11 @@ std::tuple<Tensor, Tensor> topk_as(Problem<T>& problem, const Tensor& query, con
   torch::stable::parallel_for(0, static_cast<int64_t>(tasks.size()), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) tasks[i].run(problem);
   });
-  select(problem, tasks, static_cast<T*>(scores.mutable_data_ptr()), static_cast<int64_t*>(ids.mutable_data_ptr()));
+  T* const to_scores = static_cast<T*>(scores.mutable_data_ptr());
+  int64_t* const to_ids = static_cast<int64_t*>(ids.mutable_data_ptr());
+  torch::stable::parallel_for(0, problem.num_queries, 16, [&](int64_t begin, int64_t end) {
+    merge(problem, tasks, begin, end, to_scores, to_ids);
+  });
   return {scores, ids};
 }
 
@@ -261,31 +273,32 @@ std::tuple<Tensor, Tensor> topk(const Tensor& query_any, const Tensor& items_any
   const Tensor items = rows_contiguous(items_any);
   const std::optional<Tensor> scales = contiguous(item_scales);
   const std::optional<Tensor> bias = contiguous(bias_any);
-  const int64_t num_queries = query.size(0), width = query.size(1), num_items = items.size(0);
   const auto fill = [&](auto& problem) {
-    problem.num_queries = num_queries;
-    problem.num_items = num_items;
+    problem.num_queries = query.size(0);
+    problem.num_items = items.size(0);
     problem.k = k;
-    problem.exclude = lists("exclude", exclude_offsets, exclude_ids, num_items);
-    problem.candidates = lists("candidates", candidate_offsets, candidate_ids, num_items);
+    problem.exclude = lists("exclude", exclude_offsets, exclude_ids, problem.num_items);
+    problem.candidates = lists("candidates", candidate_offsets, candidate_ids, problem.num_items);
     problem.scan.scales = scales ? scales->const_data_ptr<float>() : nullptr;
+    problem.scan.width = problem.scan.steps = query.size(1);
   };
   if (query.scalar_type() == ScalarType::Double) {
     Problem<double> problem;
     fill(problem);
     problem.scan.item_type = ItemType::kFloat64;
-    problem.queries = pack_queries<double, double>(query.const_data_ptr<double>(), num_queries, width, query.stride(0),
-                                                   [](double a) { return a; });
+    problem.queries = pack_queries<double, double>(query, 1, [](const double* q, int64_t) { return *q; });
     return topk_as(problem, query, items, bias);
   }
   Problem<float> problem;
   fill(problem);
+  const bool bf16_query = query.scalar_type() == ScalarType::BFloat16;
   switch (items.scalar_type()) {
     case ScalarType::Float:
       problem.scan.item_type = ItemType::kFloat32;
       break;
     case ScalarType::BFloat16:
-      problem.scan.item_type = ItemType::kBFloat16;
+      problem.scan.item_type =
+          bf16_query && cpu_isa() == Isa::kAvx512Bf16 ? ItemType::kBFloat16Pairs : ItemType::kBFloat16;
       break;
     case ScalarType::Char:
       problem.scan.item_type = ItemType::kInt8;
@@ -293,12 +306,16 @@ std::tuple<Tensor, Tensor> topk(const Tensor& query_any, const Tensor& items_any
     default:
       MMREC_CHECK(false, "items must be float32, bfloat16, float64 or int8");
   }
-  if (query.scalar_type() == ScalarType::BFloat16) {
-    problem.queries = pack_queries<float, uint16_t>(static_cast<const uint16_t*>(query.const_data_ptr()), num_queries,
-                                                    width, query.stride(0), widen_bf16);
+  if (problem.scan.item_type == ItemType::kBFloat16Pairs) {
+    problem.scan.steps = divide_up(problem.scan.width, 2);
+    problem.queries = pack_queries<float, uint16_t>(query, 2, [](const uint16_t* q, int64_t left) {
+      return from_bits(static_cast<uint32_t>(q[0]) | (left > 1 ? static_cast<uint32_t>(q[1]) << 16 : 0));
+    });
+  } else if (bf16_query) {
+    problem.queries = pack_queries<float, uint16_t>(
+        query, 1, [](const uint16_t* q, int64_t) { return from_bits(static_cast<uint32_t>(*q) << 16); });
   } else {
-    problem.queries = pack_queries<float, float>(query.const_data_ptr<float>(), num_queries, width, query.stride(0),
-                                                 [](float a) { return a; });
+    problem.queries = pack_queries<float, float>(query, 1, [](const float* q, int64_t) { return *q; });
   }
   return topk_as(problem, query, items, bias);
 }

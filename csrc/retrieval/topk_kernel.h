@@ -11,7 +11,11 @@ namespace mmrec {
 // Queries are packed in groups of this many, so that one vector of items meets all of them in registers.
 constexpr int kQueryGroup = 6;
 
-enum class ItemType : int { kFloat32, kBFloat16, kInt8, kFloat64 };
+// kBFloat16Pairs: bfloat16 under a bfloat16 query where the ISA multiplies pairs (avx512_bf16 only).
+enum class ItemType : int { kFloat32, kBFloat16, kBFloat16Pairs, kInt8, kFloat64 };
+
+// Entries that an append may write behind the last one.
+constexpr int64_t kSelectionSlack = 16;
 
 // The running selection of one query over one part of the catalogue. T is float, or double for float64 queries.
 // Ids arrive in ascending order, so a score equal to the threshold loses against what is kept.
@@ -19,17 +23,18 @@ template <typename T>
 struct Selection {
   T threshold;        // a score must exceed it; starts at -inf
   int64_t count;      // entries in use
-  int64_t capacity;   // > k
+  int64_t capacity;   // > k; a selection that reaches it is cut back to k
   int64_t k;
-  T* scores;          // [capacity]
-  int64_t* ids;       // [capacity]
+  T* scores;          // [capacity + kSelectionSlack]
+  int64_t* ids;       // [capacity + kSelectionSlack]
   const int64_t* excluded;  // ascending; the ids from here on are still ahead of the scan
   const int64_t* excluded_end;
 };
 
 template <typename T>
 struct TopkScan {
-  const T* queries;       // [ceil(num_queries / kQueryGroup)][width][kQueryGroup]
+  const T* queries;       // [ceil(num_queries / kQueryGroup)][steps][kQueryGroup]
+  int64_t steps;          // multiplications per score: width, or pairs of it
   int64_t num_queries;    // of this call
   const void* items;      // row-major
   ItemType item_type;
@@ -39,15 +44,19 @@ struct TopkScan {
   const T* bias;          // [N] or null
   const int64_t* ids;     // rows to score, ascending; null: all of [begin, end)
   int64_t begin, end;     // positions in ids, or row numbers
-  T* panel;               // scratch, width * panel_rows(isa), 64-byte aligned
+  T* panel;               // scratch, steps * kMaxPanelRows, 64-byte aligned
+  T* keys;                // scratch, capacity + kSelectionSlack
   Selection<T>* selections;  // [num_queries]
-  void (*shrink)(Selection<T>*);  // cuts a full selection back to the k best
 };
 
-#define MMREC_DECLARE(isa)                   \
-  namespace isa {                            \
-  void topk_scan(const TopkScan<float>&);    \
-  void topk_scan(const TopkScan<double>&);   \
+// topk_cut: a selection of more than k entries back to the k best, in the order in which they came. Its scratch holds as
+// many T as there are entries.
+#define MMREC_DECLARE(isa)                          \
+  namespace isa {                                   \
+  void topk_scan(const TopkScan<float>&);           \
+  void topk_scan(const TopkScan<double>&);          \
+  void topk_cut(Selection<float>&, void* scratch);  \
+  void topk_cut(Selection<double>&, void* scratch); \
   }
 MMREC_FOR_EACH_ISA(MMREC_DECLARE)
 #undef MMREC_DECLARE

@@ -1,0 +1,200 @@
+// Panels: kPanelRows item rows at a time, their columns in the lanes of the vectors.
+//
+// On x86 rows are read in blocks of kLanes rows x kLanes 32-bit words, transposed in registers; a word holds one float32,
+// two bfloat16 or four int8.
+#pragma once
+
+#include "../common/simd.h"
+#include "../common/transpose.h"
+#include "topk_kernel.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+// Accumulators: kQueryGroup x kVectors, plus kVectors for the panel row and one for the query, must fit the registers.
+#if defined(__AVX512F__)
+constexpr int kVectors = 4;
+#else
+constexpr int kVectors = 2;
+#endif
+
+template <typename T>
+constexpr int kPanelRows = kVectors * Vec<T>::kLanes;
+
+template <typename T>
+struct Panel {
+  int64_t first;                    // position of the first row
+  int count;                        // rows in use; those past the end repeat the last one and are never used
+  const char* rows[kPanelRows<T>];
+  T scale[kPanelRows<T>];           // per row, where the scan has scales
+  T bias[kPanelRows<T>];
+  T* values;                        // [steps][kPanelRows]
+};
+
+constexpr int64_t item_bytes(ItemType type) {
+  switch (type) {
+    case ItemType::kFloat64:
+      return 8;
+    case ItemType::kFloat32:
+      return 4;
+    case ItemType::kInt8:
+      return 1;
+    default:
+      return 2;
+  }
+}
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <typename T>
+void find_rows(const TopkScan<T>& scan, int64_t first, Panel<T>& panel) {
+  constexpr int kRows = kPanelRows<T>;
+  const int64_t left = scan.end - first;
+  panel.first = first;
+  panel.count = left < kRows ? static_cast<int>(left) : kRows;
+  const int64_t step = scan.row_stride * item_bytes(scan.item_type);
+  const char* items = static_cast<const char*>(scan.items);
+  if (scan.ids == nullptr && panel.count == kRows) {
+    for (int i = 0; i < kRows; ++i) panel.rows[i] = items + (first + i) * step;
+    if (scan.scales != nullptr) {
+      for (int i = 0; i < kRows; ++i) panel.scale[i] = static_cast<T>(scan.scales[first + i]);
+    }
+    if (scan.bias != nullptr) std::memcpy(panel.bias, scan.bias + first, sizeof(panel.bias));
+    return;
+  }
+  for (int i = 0; i < kRows; ++i) {
+    const int64_t position = first + (i < panel.count ? i : panel.count - 1);
+    const int64_t row = scan.ids != nullptr ? scan.ids[position] : position;
+    panel.rows[i] = items + row * step;
+    if (scan.scales != nullptr) panel.scale[i] = static_cast<T>(scan.scales[row]);
+    if (scan.bias != nullptr) panel.bias[i] = scan.bias[row];
+  }
+}
+
+// acc + x · q.
+struct Multiply {
+  template <typename V>
+  MMREC_INLINE static V add(V x, V q, V acc) {
+    return fma(x, q, acc);
+  }
+};
+
+#if defined(__AVX512BF16__)
+// acc + x · q over two bfloat16 in each 32-bit lane: the odd one first, each product added with one rounding, subnormals
+// taken for zero.
+struct MultiplyPairs {
+  MMREC_INLINE static F32 add(F32 x, F32 q, F32 acc) {
+    return {_mm512_dpbf16_ps(acc.v, (__m512bh)x.v, (__m512bh)q.v)};
+  }
+};
+#endif
+
+#if defined(__AVX2__)
+// What a word of a row is to the scan: kPerWord columns, each multiplied as `Step` says.
+template <ItemType type>
+struct Columns;
+template <>
+struct Columns<ItemType::kFloat32> {
+  using Step = Multiply;
+  static constexpr int kPerWord = 1;
+  MMREC_INLINE static void widen(Word word, F32* out) { out[0] = as_float(word); }
+};
+template <>
+struct Columns<ItemType::kBFloat16> {
+  using Step = Multiply;
+  static constexpr int kPerWord = 2;
+  MMREC_INLINE static void widen(Word word, F32* out) {
+    out[0] = bf16_low(word);
+    out[1] = bf16_high(word);
+  }
+};
+template <>
+struct Columns<ItemType::kInt8> {
+  using Step = Multiply;
+  static constexpr int kPerWord = 4;
+  MMREC_INLINE static void widen(Word word, F32* out) { int8_columns(word, out); }
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Columns<ItemType::kBFloat16Pairs> {
+  using Step = MultiplyPairs;
+  static constexpr int kPerWord = 1;
+  MMREC_INLINE static void widen(Word word, F32* out) { out[0] = as_float(word); }
+};
+#endif
+
+// Where memory is asked for while a block is read: about kAhead bytes further. Items that lie end to end are asked for in the
+// order of their addresses, whatever the order in which the blocks read them: hardware prefetching follows that.
+struct Ahead {
+  static constexpr int64_t kAhead = 12288;
+  const char* start;
+  int64_t per_row, per_byte;
+
+  template <typename T>
+  static Ahead of(const TopkScan<T>& scan, const Panel<T>& panel) {
+    const int64_t step = scan.row_stride * item_bytes(scan.item_type);
+    if (scan.ids != nullptr) return {panel.rows[0], 0, 0};
+    if (scan.row_stride == scan.width) return {panel.rows[0] + kAhead, 4 * Vec<T>::kLanes, kPanelRows<T>};
+    return {panel.rows[0] + divide_up(kAhead, step) * step, step, 1};
+  }
+};
+
+// kLanes words from byte `offset` on of the rows first .. first + kLanes - 1 of a panel, transposed. Rows end after `bytes`;
+// what is missing is zero.
+MMREC_INLINE void load_block(const Panel<float>& panel, const Ahead& ahead, int first, int64_t offset, int64_t bytes,
+                             Word* block) {
+  constexpr int kLanes = F32::kLanes;
+  constexpr int64_t kBytes = kLanes * 4;
+  if (offset + kBytes <= bytes) {
+    for (int i = 0; i < kLanes; ++i) {
+      _mm_prefetch(ahead.start + (first + i) * ahead.per_row + offset * ahead.per_byte, _MM_HINT_T0);
+      block[i] = load_words(panel.rows[first + i] + offset);
+    }
+  } else {
+    alignas(64) char copy[kBytes] = {};
+    for (int i = 0; i < kLanes; ++i) {
+      std::memcpy(copy, panel.rows[first + i] + offset, static_cast<size_t>(bytes - offset));
+      block[i] = load_words(copy);
+    }
+  }
+  transpose_words(block);
+}
+
+template <ItemType type>
+void pack_panel(const TopkScan<float>& scan, const Panel<float>& panel) {
+  constexpr int kLanes = F32::kLanes;
+  constexpr int kPerWord = Columns<type>::kPerWord;
+  const int64_t bytes = scan.width * item_bytes(type);
+  const Ahead ahead = Ahead::of(scan, panel);
+  for (int64_t word = 0; word * 4 < bytes; word += kLanes) {
+    for (int first = 0; first < kPanelRows<float>; first += kLanes) {
+      Word block[kLanes];
+      load_block(panel, ahead, first, word * 4, bytes, block);
+      for (int w = 0; w < kLanes; ++w) {
+        F32 columns[kPerWord];
+        Columns<type>::widen(block[w], columns);
+        for (int c = 0; c < kPerWord; ++c) {
+          const int64_t step = (word + w) * kPerWord + c;
+          if (step < scan.steps) store(panel.values + step * kPanelRows<float> + first, columns[c]);
+        }
+      }
+    }
+  }
+}
+#endif
+
+template <typename Item, typename T>
+void pack_by_element(const TopkScan<T>& scan, const Panel<T>& panel) {
+  for (int64_t d = 0; d < scan.width; ++d) {
+    for (int i = 0; i < kPanelRows<T>; ++i) {
+      Item value;
+      std::memcpy(&value, panel.rows[i] + d * static_cast<int64_t>(sizeof(Item)), sizeof(Item));
+      panel.values[d * kPanelRows<T> + i] = static_cast<T>(widen(value));
+    }
+  }
+}
+
+}  // namespace
+}  // namespace MMREC_ISA
+}  // namespace mmrec
