@@ -2,9 +2,11 @@
 
 The floor of a case is the time below which no provider can go:
 
-    max(read / read bandwidth + written / write bandwidth, flops / flop rate of torch.mm)
+    max(read / read bandwidth + written / write bandwidth, flops / flop rate)
 
-A copy of n bytes reads and writes n, so its rate c and the read rate r give the cost of a written byte, 1/c − 1/r.
+A copy of n bytes reads and writes n, so its rate c and the read rate r give the cost of a written byte, 1/c − 1/r. The flop
+rate is that of `torch.mm`, or on a CPU that of multiply-adds in registers where it is higher: a matrix product of a library
+tuned for another CPU was seen at less than half of it.
 """
 
 from __future__ import annotations
@@ -15,10 +17,13 @@ from pathlib import Path
 
 import torch
 
+from mmrec_kernels import library, schemas
+
 from .case import Call, Work
 from .clock import Clock
 
 _ROUNDS = 7
+_LOOPS = 2_000_000
 
 
 @dataclass
@@ -33,7 +38,7 @@ class Roofline:
 
     def floor(self, work: Work, compute_dtype: torch.dtype, read_seconds: float | None = None) -> float:
         """Seconds. `read_seconds`: a streaming read of `work.read` bytes timed among the providers, which is what
-        counts where the data fits into a cache; the faster of the two reads is taken. So is the faster `torch.mm` of
+        counts where the data fits into a cache; the faster of the two reads is taken. So is the faster flop rate of
         float32 and `compute_dtype`: a CPU without 16-bit products is better off widening."""
         read = work.read / self.read_bytes_per_s
         if read_seconds is not None:
@@ -46,14 +51,15 @@ class Roofline:
 def measure(
     device: str, clock: Clock, dtypes: set[torch.dtype], *, buffer_bytes: int | None = None, side: int | None = None
 ) -> Roofline:
-    """The roofline of `device` for products in float32 and `dtypes`: the best of several reads, copies and `torch.mm`
-    of `[side, side]` matrices. By default the buffers are larger than the caches, and the matrices large."""
+    """The roofline of `device` for products in float32 and `dtypes`: the best of several reads, copies, and `torch.mm`
+    of `[side, side]` matrices or multiply-adds in registers. By default the buffers are larger than the caches, and the
+    matrices large."""
     size = buffer_bytes or beyond_cache(device)
     read = size / _best(clock, reader(device, size))
     copied = size / _best(clock, _copier(device, size))
     side = side or (8192 if device == "cuda" else 2048)
     rates = {
-        _name(dtype): 2 * side**3 / _best(clock, _product(device, side, dtype))
+        _name(dtype): max(2 * side**3 / _best(clock, _product(device, side, dtype)), _registers(device, clock, dtype))
         for dtype in sorted(dtypes | {torch.float32}, key=str)
     }
     return Roofline(device, size, read, copied, rates)
@@ -74,6 +80,17 @@ def _copier(device: str, nbytes: int) -> Call:
 def _product(device: str, side: int, dtype: torch.dtype) -> Call:
     a, b = (torch.randn(side, side, device=device).to(dtype) for _ in range(2))
     return lambda: torch.mm(a, b)
+
+
+def _registers(device: str, clock: Clock, dtype: torch.dtype) -> float:
+    """Flops per second of multiply-adds in registers; 0 where that is unknown."""
+    if device != "cpu" or library.cpu_isa() == "none" or dtype not in (torch.float32, torch.bfloat16):
+        return 0.0
+
+    def multiply() -> int:
+        return int(library.call(schemas.multiply, torch.empty(0), _LOOPS, dtype == torch.bfloat16))
+
+    return multiply() / _best(clock, multiply)
 
 
 def beyond_cache(device: str) -> int:

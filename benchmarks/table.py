@@ -17,7 +17,7 @@ def header(report: Report) -> str:
         f"{env['date']}  {env['gpu']['name'] if 'gpu' in env else env['cpu']}",
         f"{env['cpus']} CPUs, {env['threads']} threads, ISA {env['isa']}, torch {env['versions']['torch']}",
         f"roofline: read {roof.read_bytes_per_s / 1e9:.1f} GB/s and copy {roof.copy_bytes_per_s / 1e9:.1f} GB/s over"
-        f" {roof.buffer_bytes / 2**20:.0f} MiB, torch.mm {flops} GFLOP/s",
+        f" {roof.buffer_bytes / 2**20:.0f} MiB, products {flops} GFLOP/s",
     ]
     load = env["load_average"]
     if roof.device == "cpu" and load is not None and load > 0.5:

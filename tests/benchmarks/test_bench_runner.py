@@ -6,6 +6,7 @@ import math
 import bench_package  # noqa: F401
 import pytest
 import torch
+from mmrec_kernels import library
 from mmrec_kernels.benchmarks import roofline, runner
 from mmrec_kernels.benchmarks.case import Case, Provider, Work, in_mode, leaf, relative_errors
 from mmrec_kernels.benchmarks.clock import CpuClock
@@ -141,6 +142,14 @@ def test_roofline_is_measured():
     assert roofline.beyond_cache("cpu") >= 2 * max(roofline.cache_sizes().values(), default=0) or (
         roofline.beyond_cache("cpu") < max(roofline.cache_sizes().values())  # an eighth of a small memory
     )
+
+
+@pytest.mark.skipif(library.cpu_isa() == "none", reason="_C is not built")
+def test_no_product_is_faster_than_registers():
+    side, clock = 512, CpuClock(pause=0.0)
+    a = torch.randn(side, side)
+    product = 2 * side**3 / min(clock.seconds(lambda: a @ a) for _ in range(5))
+    assert product < 1.1 * roofline.measure("cpu", clock, set(), buffer_bytes=2**20, side=64).flops_per_s["float32"]
 
 
 def row(provider, median_ms):
