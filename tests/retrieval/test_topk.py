@@ -106,6 +106,21 @@ def test_rising_scores_replace_every_kept_item():
     assert top_k(torch.ones(2, 1), items, 7).ids.tolist() == [list(range(4999, 4992, -1))] * 2
 
 
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("k", (1, 63, 64, 65, 200, 3000))
+def test_full_buffers_keep_the_first_of_the_best(k, dtype):
+    """Scores in several orders, with many ties, infinity and extreme sizes: what a buffer's cut must get right."""
+    few = torch.randint(-3, 4, (5000,)).to(dtype)
+    wild = torch.randn(5000, dtype=dtype) * 10.0 ** torch.randint(-30, 30, (5000,))
+    wild[torch.randperm(5000)[:20]] = math.inf
+    for scores in (few, few.sort().values, few.sort(descending=True).values, wild, wild.sort().values, -wild.abs()):
+        want = torch.sort(scores, descending=True, stable=True)
+        found = top_k(torch.ones(1, 1, dtype=dtype), scores[:, None], k)
+        kept = want.values[:k] > -math.inf
+        assert torch.equal(found.ids[0], torch.where(kept, want.indices[:k], -1))
+        assert torch.equal(found.scores[0], want.values[:k])
+
+
 def test_zeros_of_both_signs_are_one_score():
     items = torch.tensor([[-0.0], [0.0], [-0.0], [0.0]])
     assert top_k(torch.ones(1, 1), items, 3).ids.tolist() == [[0, 1, 2]]
