@@ -4,9 +4,9 @@ The floor of a case is the time below which no provider can go:
 
     max(read / read bandwidth + written / write bandwidth, flops / flop rate)
 
-A copy of n bytes reads and writes n, so its rate c and the read rate r give the cost of a written byte, 1/c − 1/r. The flop
-rate is that of `torch.mm`, or on a CPU that of multiply-adds in registers where it is higher: a matrix product of a library
-tuned for another CPU was seen at less than half of it.
+A copy of n bytes reads and writes n, so its rate c and the read rate r give the cost of a written byte, 1/c − 1/r. The
+flop rate is that of `torch.mm`, or on a CPU that of multiply-adds in registers where it is higher: a matrix product of
+a library tuned for another CPU was seen at less than half of it.
 """
 
 from __future__ import annotations

@@ -45,7 +45,7 @@ def cpu_isa(any: Tensor) -> int:
 
 @_define("_multiply(Tensor any, int loops, bool pairs) -> int")
 def multiply(any: Tensor, loops: int, pairs: bool) -> int:
-    """Multiply-adds in registers, in float32 or on bfloat16 pairs, on every thread: the flops done, for the roofline."""
+    """Multiply-adds in registers, in float32 or bfloat16 pairs, on every thread: the flops done."""
     return 0
 
 

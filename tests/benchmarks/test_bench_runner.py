@@ -6,11 +6,12 @@ import math
 import bench_package  # noqa: F401
 import pytest
 import torch
-from mmrec_kernels import library
 from mmrec_kernels.benchmarks import roofline, runner
 from mmrec_kernels.benchmarks.case import Case, Provider, Work, in_mode, leaf, relative_errors
 from mmrec_kernels.benchmarks.clock import CpuClock
 from mmrec_kernels.benchmarks.rows import Row, compare
+
+from mmrec_kernels import library
 
 
 class FakeClock:

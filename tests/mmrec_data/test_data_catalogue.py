@@ -201,7 +201,7 @@ def test_a_failed_save_leaves_the_old_catalogue(
         def stop(_: Path) -> None:
             raise KeyboardInterrupt
 
-        monkeypatch.setattr(storage, "_sync", stop)
+        monkeypatch.setattr(storage, "sync", stop)
     with pytest.raises(expected):
         changed.save(target)
     monkeypatch.undo()

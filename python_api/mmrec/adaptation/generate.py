@@ -8,7 +8,7 @@ that people tend to move on to, and each item a follow-up item. Popularity is sk
 
 from __future__ import annotations
 
-import os
+import io
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_atomic
 from ._planted import Behaviour, World, plant, sample_events
 from ._render import ITEM_SCHEMA, USER_SCHEMA, draw_images, item_rows, user_rows
 from .catalogue import Catalogue
@@ -129,13 +130,6 @@ def _drop_pieces(
 
 
 def _save_planted(world: World, path: Path) -> None:
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            np.savez(stream, **world.arrays())  # type: ignore[arg-type]
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise
+    content = io.BytesIO()
+    np.savez(content, **world.arrays())  # type: ignore[arg-type]
+    write_atomic(path, content.getvalue())

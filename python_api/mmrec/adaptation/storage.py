@@ -13,6 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
+from ..files import sync
 from .errors import CatalogueError
 
 if TYPE_CHECKING:
@@ -74,7 +75,7 @@ def _swap_in(staging: Path, folder: Path) -> None:
             os.rmdir(old)
             raise
         shutil.rmtree(old, ignore_errors=True)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def _umask() -> int:
@@ -101,7 +102,7 @@ def _write_all(catalogue: Catalogue, folder: Path) -> None:
     meta = json.dumps(_meta(catalogue), ensure_ascii=False, indent=1)
     (folder / "catalogue.json").write_text(meta + "\n", encoding="utf-8")
     for path in [*folder.rglob("*"), folder]:
-        _sync(path)
+        sync(path)
 
 
 def _write_parquet(frame: pl.DataFrame, path: Path) -> None:
@@ -147,11 +148,3 @@ def _write_images(catalogue: Catalogue, folder: Path) -> None:
             shutil.copyfile(path, folder / f"{quote(identifier, safe='')}{path.suffix.lower()}")
         except FileNotFoundError as error:
             raise CatalogueError(f"{path}: image of item {identifier!r} is gone") from error
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -81,11 +81,11 @@ def write_json(path: Path | None, content: Mapping[str, Any]) -> None:
     """Writes ``content`` to ``path`` in one step (None: not at all); NaN and infinity become null."""
     if path is None:
         return
-    from ..evaluation.results import write_atomically
+    from ..files import write_atomic
 
     text = json.dumps(_plain(content), indent=2, ensure_ascii=False, allow_nan=False)
     try:
-        write_atomically(path, (text + "\n").encode())
+        write_atomic(path, (text + "\n").encode())
     except OSError as error:
         raise OSError(error.errno, f"not written, {error.strerror or error}", str(path)) from error
 

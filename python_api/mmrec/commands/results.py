@@ -221,6 +221,6 @@ def _markdown_table(corner: str, rows: Figures, show: Callable[[Interval], str])
 
 
 def _write(path: Path, text: str) -> None:
-    from ..evaluation.results import write_atomically
+    from ..files import write_atomic
 
-    write_atomically(path, text.encode())
+    write_atomic(path, text.encode())

@@ -10,9 +10,10 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from ..files import write_atomic
 from .charts import interval_chart, line_chart, share_chart
 from .intervals import Interval
-from .results import Result, interval, write_atomically
+from .results import Result, interval
 
 __all__ = ["group_rows", "metric_rows", "write_report"]
 
@@ -118,7 +119,7 @@ def write_report(run: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         f"<body><main><h1>{title}</h1>{subtitle}{_facts(run)}\n{body}</main></body></html>\n"
     )
     path = Path(path)
-    write_atomically(path, page.encode())
+    write_atomic(path, page.encode())
     return path
 
 

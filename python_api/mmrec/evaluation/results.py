@@ -6,7 +6,6 @@ import hashlib
 import io
 import json
 import os
-import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,10 +13,11 @@ from typing import Any
 
 import numpy as np
 
+from ..files import write_atomic
 from .intervals import Interval, bootstrap, paired_bootstrap
 from .metrics import Metric
 
-__all__ = ["Result", "Row", "compare", "interval", "write_atomically"]
+__all__ = ["Result", "Row", "compare", "interval"]
 
 _FORMAT = 1
 
@@ -117,9 +117,9 @@ class Result:
         content = buffer.getvalue()
         columns = path.with_name(f"{path.stem}.{hashlib.sha256(content).hexdigest()[:12]}.npz")
         before = _named_columns(path)
-        write_atomically(columns, content)
+        write_atomic(columns, content)
         text = json.dumps(self.to_dict() | {"per_user": columns.name}, indent=2, allow_nan=False)
-        write_atomically(path, (text + "\n").encode())
+        write_atomic(path, (text + "\n").encode())
         if before is not None and before != columns:
             before.unlink(missing_ok=True)
         return path
@@ -186,25 +186,6 @@ def compare(
     left = left[0] if len(left) == 1 else left
     right = right[0] if len(right) == 1 else right
     return paired_bootstrap(left, right, resamples=resamples, level=level, seed=seed)
-
-
-def write_atomically(path: str | os.PathLike[str], content: bytes) -> None:
-    """Replaces ``path`` by a file with this content, or leaves it as it was.
-
-    The bytes go to a temporary file in the same folder, are flushed to the disk and renamed over ``path``.
-    """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(6)}")
-    try:
-        with open(temporary, "xb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 def _plain(values: Mapping[str, float]) -> dict[str, float | None]:

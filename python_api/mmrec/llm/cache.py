@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..files import TEMP_PREFIX, write_atomic
 from .encoded import Encoded
-from .files import TEMP_PREFIX, write_atomic
 
 _LOG = logging.getLogger(__name__)
 _SUFFIX = ".safetensors"

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..files import write_atomic
 from .extras import require
-from .files import write_atomic
 
 ADAPTER = "default"
 _INITS: dict[str, bool | str] = {"zero": True, "gaussian": "gaussian", "random": False}

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ...evaluation.results import write_atomically
+from ...files import write_atomic
 
 __all__ = ["exists", "load_tensors", "remove", "save_json", "save_tensors"]
 
@@ -88,7 +88,7 @@ def _file_of(folder: Path, name: str) -> str | None:
 
 def _write(path: Path, data: bytes) -> None:
     try:
-        write_atomically(path, data)
+        write_atomic(path, data)
     except OSError as error:
         reason = f"{error.strerror or error}; what was saved before is intact"
         raise OSError(error.errno, reason, str(path)) from error

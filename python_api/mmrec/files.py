@@ -1,0 +1,54 @@
+"""Files that are there whole or not at all, and hashes of files."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import secrets
+from pathlib import Path
+
+TEMP_PREFIX = ".tmp-"
+
+
+def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+
+    The bytes go to a temporary file in the same folder, which is made if need be, are flushed to the disk and renamed
+    over `path`. On any failure, Ctrl-C included, the temporary file is removed and `path` is left as it was; the error
+    is passed on.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not tempfile, whose files nobody but their owner may read.
+    temporary = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
+    try:
+        with open(temporary, "xb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    # The rename is durable once the folder is on the disk; not every file system lets a folder be opened.
+    with contextlib.suppress(OSError):
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's list of names, on the disk before going on."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def sha256_file(path: Path) -> str:
+    """Hex SHA-256 of a file, read in pieces of 1 MiB."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
