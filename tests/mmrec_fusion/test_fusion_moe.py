@@ -13,7 +13,16 @@ WIDTH, MODALITIES = 6, 3
 
 def module(**changes: int | float) -> ModalityMoE:
     settings: dict = {"shared": 2, "private": 2, "hidden": 5, "k": 2, **changes}
-    return ModalityMoE(WIDTH, MODALITIES, **settings).double()
+    moe = ModalityMoE(WIDTH, MODALITIES, **settings).double()
+    with torch.no_grad():
+        moe.w_out.normal_()  # from the zeros that it starts with
+    return moe
+
+
+def test_starts_as_the_identity() -> None:
+    x, modality = inputs()
+    y, _ = ModalityMoE(WIDTH, MODALITIES).double()(x, modality)
+    assert torch.equal(y, x)
 
 
 def inputs() -> tuple[Tensor, Tensor]:

@@ -55,11 +55,8 @@ def test_a_cold_items_identity_is_never_read() -> None:
     assert before.mass[COLD, 0] == 0 and before.vectors[COLD].any()
 
 
-def test_a_cold_item_without_content_is_finite_and_the_same_for_all() -> None:
-    model = model_of(config())
-    assert model.item_tower.fuse is not None
-    output = encode(model)
-    torch.testing.assert_close(output.vectors[NOTHING], model.item_tower.fuse.out.bias * model.item_tower.gain)
+def test_a_cold_item_without_content_is_zero() -> None:
+    assert not encode(model_of(config())).vectors[NOTHING].any()
 
 
 def test_without_identity_every_item_is_its_content() -> None:
@@ -250,4 +247,4 @@ def test_identity_is_added_past_the_attention_where_it_is_known():
     vectors = model.encode(inputs(), items).vectors
     known = torch.from_numpy(TRAINED).unsqueeze(1)
     identity = torch.where(known, model.item_tower.identity, 0)
-    torch.testing.assert_close(vectors, fused[0] * model.item_tower.gain + identity)
+    torch.testing.assert_close(vectors, fused[0] * model.item_tower.gain * 0.05 + identity)

@@ -24,10 +24,14 @@ class Fused(NamedTuple):
 
 class CrossModalAttention(nn.Module):
     """Learned queries attend to every modality's tokens under one softmax (Perceiver, Jaegle et al., 2021; Q-Former, Li
-    et al., 2023), and their answers are mixed into one vector per item.
+    et al., 2023), and the mean of their answers is the item's vector.
+
+    Values are the tokens themselves and answers are averaged: what is learned is where to look. A projection of the
+    values and a layer that mixes the answers, as those papers have, fit the training data as fast and generalised
+    worse on catalogues of thousands of items (`docs/recommender.md`).
 
     An item without a modality has an empty segment there: nothing is read, its mass is 0, and the others' shares grow.
-    An item without any modality is a zero attention result, hence the output layer's bias.
+    An item without any modality is a zero vector.
 
     Args:
         modalities: names, in the order of `mass`.
@@ -54,8 +58,6 @@ class CrossModalAttention(nn.Module):
         self.query = nn.Parameter(torch.empty(num_queries, num_heads, head).normal_())
         self.norm = nn.LayerNorm(width)
         self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.out = nn.Linear(num_queries * width, width)
         self.query_norm = nn.Parameter(torch.ones(head))
         self.key_norm = nn.Parameter(torch.ones(head))
         shape = (1, num_heads, len(self.modalities))
@@ -79,10 +81,9 @@ class CrossModalAttention(nn.Module):
             query_norm=self.query_norm, key_norm=self.key_norm, return_mass=True,
         )  # fmt: skip
         assert result.mass is not None
-        num_queries = self.query.shape[0]
-        fused = self.out(result.out.reshape(num_items, -1))
-        mass = result.mass.reshape(num_items, num_queries * self.num_heads, len(self.modalities)).mean(1)
-        return Fused(fused, mass)
+        answers = result.out.view(num_items, self.query.shape[0], like.shape[1])
+        mass = result.mass.view(num_items, -1, len(self.modalities))
+        return Fused(answers.mean(1), mass.mean(1))
 
     def _segment(self, tokens: Tokens | None, num_items: int, like: Tensor) -> Segment:
         if tokens is None:
@@ -95,7 +96,7 @@ class CrossModalAttention(nn.Module):
         shape = (len(tokens.values), self.num_heads, self.query.shape[2])
         # Only keys are normalised: the length of a value may say how much an item is liked by everybody.
         key = self.key(self.norm(tokens.values))
-        return Segment(key.view(shape), self.value(tokens.values).view(shape), tokens.offsets)
+        return Segment(key.view(shape), tokens.values.view(shape), tokens.offsets)
 
     def _bias(self, absent: Tensor | None, num_items: int) -> Tensor | None:
         if absent is None:

@@ -52,7 +52,8 @@ class ModalityMoE(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.gate = nn.Parameter(torch.empty(num_experts, width).normal_(std=width**-0.5))
         self.w_in = nn.Parameter(torch.empty(num_experts, 2 * hidden, width).normal_(std=width**-0.5))
-        self.w_out = nn.Parameter(torch.empty(num_experts, width, hidden).normal_(std=hidden**-0.5))
+        # Zero: at first every token passes unchanged.
+        self.w_out = nn.Parameter(torch.zeros(num_experts, width, hidden))
         owner = torch.full((num_experts,), -1)
         owner[shared:] = torch.arange(num_modalities).repeat_interleave(private)
         allowed = (owner == -1) | (owner == torch.arange(num_modalities).unsqueeze(1))

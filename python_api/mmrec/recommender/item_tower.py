@@ -78,8 +78,7 @@ class ItemTower(nn.Module):
         self.fuse = CrossModalAttention(
             config.modalities, width, num_queries=config.item_queries, num_heads=config.item_heads
         )
-        # The scale that identities start with: logits begin near zero and the softmax near uniform.
-        self.gain = nn.Parameter(torch.tensor(_IDENTITY_STD))
+        self.gain = nn.Parameter(torch.ones(()))
 
     def fit_whitening(self, inputs: ItemInputs, items: Tensor) -> None:
         """Fits the whitening of every vector modality to the tokens of `items` (those that training may know)."""
@@ -122,7 +121,8 @@ class ItemTower(nn.Module):
             pooled[IDENTITY] = tokens[IDENTITY].values
         absent = self._absent(present)
         fused = self.fuse(tokens, absent=absent)
-        vectors = fused.values * self.gain
+        # At the scale that identities start with: logits begin near zero and the softmax near uniform.
+        vectors = fused.values * (self.gain * _IDENTITY_STD)
         if self.identity is not None and absent is not None:
             # Past the attention too: through it alone an identity learns only as fast as it is listened to.
             unknown = absent[:, self.modalities.index(IDENTITY)].unsqueeze(1)
