@@ -1,7 +1,7 @@
 // Transposed panels: `lanes` rows of a row-major matrix become vectors of one column each.
 //
 // A block of kLanes rows x kLanes 32-bit words is transposed in registers; a word holds one float32, two bfloat16 or four
-// int8 of a row. Rows are read exactly up to their length: the last, partial block goes through a zeroed copy.
+// int8 of a row. Rows are read exactly up to their length.
 #pragma once
 
 #include "simd.h"
@@ -13,6 +13,10 @@ namespace {
 #if defined(__AVX512F__)
 using Word = __m512i;
 MMREC_INLINE Word load_words(const void* p) { return _mm512_loadu_si512(p); }
+// The first `bytes` bytes, fewer than a vector, then zeros. Memory behind them is not touched.
+MMREC_INLINE Word load_words(const void* p, int64_t bytes) {
+  return _mm512_maskz_loadu_epi8((uint64_t{1} << bytes) - 1, p);
+}
 
 MMREC_INLINE void transpose_words(Word* r) {
   Word t[16];
@@ -60,6 +64,11 @@ MMREC_INLINE void int8_columns(Word a, F32* out) {
 #elif defined(__AVX2__)
 using Word = __m256i;
 MMREC_INLINE Word load_words(const void* p) { return _mm256_loadu_si256(static_cast<const __m256i*>(p)); }
+MMREC_INLINE Word load_words(const void* p, int64_t bytes) {
+  alignas(32) char copy[32] = {};
+  std::memcpy(copy, p, static_cast<size_t>(bytes));
+  return load_words(copy);
+}
 
 MMREC_INLINE void transpose_words(Word* r) {
   Word t[8];

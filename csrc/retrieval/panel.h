@@ -140,23 +140,25 @@ struct Ahead {
   }
 };
 
+// The last block of rows whose length is no multiple of a vector: what is missing is zero. Not inlined: beside it the compiler
+// makes a slower loop of the whole blocks.
+__attribute__((noinline)) void load_last_block(const Panel<float>& panel, int first, int64_t offset, int64_t bytes,
+                                               Word* block) {
+  for (int i = 0; i < F32::kLanes; ++i) block[i] = load_words(panel.rows[first + i] + offset, bytes - offset);
+}
+
 // kLanes words from byte `offset` on of the rows first .. first + kLanes - 1 of a panel, transposed. Rows end after `bytes`;
 // what is missing is zero.
 MMREC_INLINE void load_block(const Panel<float>& panel, const Ahead& ahead, int first, int64_t offset, int64_t bytes,
                              Word* block) {
   constexpr int kLanes = F32::kLanes;
-  constexpr int64_t kBytes = kLanes * 4;
-  if (offset + kBytes <= bytes) {
+  if (offset + kLanes * 4 <= bytes) {
     for (int i = 0; i < kLanes; ++i) {
       _mm_prefetch(ahead.start + (first + i) * ahead.per_row + offset * ahead.per_byte, _MM_HINT_T0);
       block[i] = load_words(panel.rows[first + i] + offset);
     }
   } else {
-    alignas(64) char copy[kBytes] = {};
-    for (int i = 0; i < kLanes; ++i) {
-      std::memcpy(copy, panel.rows[first + i] + offset, static_cast<size_t>(bytes - offset));
-      block[i] = load_words(copy);
-    }
+    load_last_block(panel, first, offset, bytes, block);
   }
   transpose_words(block);
 }
