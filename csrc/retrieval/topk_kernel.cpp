@@ -10,6 +10,7 @@
 //
 // Reads: items once (N·D elements), queries from L2 once per panel. Flops 2·B·N·D. Writes: candidates only.
 
+#include "first_pass.h"
 #include "panel.h"
 #include "selection.h"
 
@@ -19,6 +20,17 @@ namespace {
 
 template <int kQueries, typename T>
 using Accumulators = Vec<T>[kQueries][kVectors];
+
+// Lets vector v of a panel's scores into a selection, which almost always takes nothing.
+template <typename T>
+MMREC_INLINE void keep(const TopkScan<T>& scan, const Panel<T>& panel, Selection<T>& selection, Vec<T> scores, int v) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  const int left = panel.count - v * kLanes;
+  if (left <= 0) return;
+  uint32_t passed = greater(scores, broadcast(selection.threshold));
+  if (left < kLanes) passed &= (1u << left) - 1;
+  if (__builtin_expect(passed != 0, 0)) append<T>(scan, selection, scores, passed, panel.first + v * kLanes);
+}
 
 // Scale, bias, and the comparison that almost nothing passes.
 template <int kQueries, typename T>
@@ -39,16 +51,7 @@ MMREC_INLINE void select(const TopkScan<T>& scan, const Panel<T>& panel, Accumul
     }
   }
   for (int i = 0; i < kQueries; ++i) {
-    const V threshold = broadcast(selections[i].threshold);
-    for (int v = 0; v < kVectors; ++v) {
-      const int left = panel.count - v * kLanes;
-      if (left <= 0) break;
-      uint32_t passed = greater(acc[i][v], threshold);
-      if (left < kLanes) passed &= (1u << left) - 1;
-      if (__builtin_expect(passed != 0, 0)) {
-        append<T>(scan, selections[i], acc[i][v], passed, panel.first + v * kLanes);
-      }
-    }
+    for (int v = 0; v < kVectors; ++v) keep(scan, panel, selections[i], acc[i][v], v);
   }
 }
 
@@ -149,6 +152,64 @@ void scan_rows(const TopkScan<float>& scan, Panel<float>& panel) {
   }
 }
 
+#if defined(__AVX512VNNI__)
+// The same sum for vector v of a panel.
+F32 exact_int8(const TopkScan<float>& scan, const Panel<float>& panel, int v) {
+  constexpr int kLanes = F32::kLanes;
+  constexpr int kPerWord = Columns<ItemType::kInt8>::kPerWord;
+  const Ahead nowhere{panel.rows[v * kLanes], 0, 0};
+  F32 sum = broadcast(0.0f);
+  for (int64_t word = 0; word * kPerWord < scan.width; word += kLanes) {
+    Word block[kLanes];
+    load_block(panel, nowhere, v * kLanes, word * 4, scan.width, block);
+    for (int w = 0; w < kLanes; ++w) {
+      F32 x[kPerWord];
+      Columns<ItemType::kInt8>::widen(block[w], x);
+      for (int c = 0; c < kPerWord; ++c) {
+        const int64_t d = (word + w) * kPerWord + c;
+        if (d < scan.width) sum = fma(x[c], broadcast(scan.queries[d * kQueryGroup]), sum);
+      }
+    }
+  }
+  if (scan.scales != nullptr) sum = mul(sum, load(panel.scale + v * kLanes));
+  return scan.bias != nullptr ? add(sum, load(panel.bias + v * kLanes)) : sum;
+}
+
+template <int kBlocks>
+void scan_int8(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
+  const __mmask64 end = ~__mmask64{0} >> (64 * kBlocks - scan.width);
+  Selection<float>& selection = scan.selections[0];
+  for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
+    find_rows(scan, first, panel);
+    const Ahead ahead = Ahead::of(scan, panel);
+    for (int v = 0; v < kVectors; ++v) {
+      if (may_pass<kBlocks>(scan, panel, ahead, query, v, end, selection.threshold) == 0) continue;
+      keep(scan, panel, selection, exact_int8(scan, panel, v), v);
+    }
+  }
+}
+
+// False if the first pass does not apply.
+bool scan_int8(const TopkScan<float>& scan, Panel<float>& panel) {
+  RoundedQuery query;
+  if (scan.num_queries != 1 || !query.round(scan.queries, scan.width)) return false;
+  switch ((scan.width + 63) / 64) {
+    case 1:
+      scan_int8<1>(scan, panel, query);
+      break;
+    case 2:
+      scan_int8<2>(scan, panel, query);
+      break;
+    case 3:
+      scan_int8<3>(scan, panel, query);
+      break;
+    default:
+      scan_int8<4>(scan, panel, query);
+  }
+  return true;
+}
+#endif
+
 template <ItemType type>
 void scan_words(const TopkScan<float>& scan, Panel<float>& panel) {
   switch (scan.num_queries) {
@@ -187,6 +248,9 @@ void topk_scan(const TopkScan<float>& scan) {
     case ItemType::kBFloat16:
       return scan_words<ItemType::kBFloat16>(scan, panel);
     default:
+#if defined(__AVX512VNNI__)
+      if (scan_int8(scan, panel)) return;
+#endif
       return scan_words<ItemType::kInt8>(scan, panel);
 #else
     case ItemType::kFloat32:

@@ -140,6 +140,33 @@ def test_a_score_depends_on_its_query_and_item_only(dtype, threads):
         assert torch.equal(got, full[:rows])
 
 
+@pytest.mark.parametrize("size", (1.0, 1e-30, 1e-20, 1e20, 1e37, 0.0, math.nan, math.inf))
+@pytest.mark.parametrize("d", (1, 63, 64, 65, 130, 256, 257))
+def test_one_query_over_int8_items_is_one_of_many(d, size):
+    """A first pass may leave out only what cannot be among the best, whatever scales and biases are."""
+    n = 3000
+    p = problem(1, n, d, torch.int8)
+    p["query"] = p["query"] * size if math.isfinite(size) else torch.where(torch.arange(d) == 0, size, p["query"])
+    p["item_scales"] *= torch.where(torch.rand(n) < 0.3, -1.0, 1.0)
+    p["items"][:50] = 127 * p["query"].nan_to_num().sign().to(torch.int8)  # the best, and ties
+    for special in ({}, {"item_scales": (math.nan, math.inf, 0.0)}, {"bias": (math.nan, math.inf, -math.inf)}):
+        for name, values in special.items():
+            p[name][torch.randperm(n)[:30]] = torch.tensor(values).repeat(10)
+        for k in (1, 10, 100):
+            alone, many = top_k(**p, k=k), top_k(**{**p, "query": p["query"].expand(7, -1)}, k=k)
+            assert torch.equal(alone.ids[0], many.ids[6]) and torch.equal(alone.scores[0], many.scores[6])
+
+
+def test_one_query_over_int8_items_sees_what_rounding_loses():
+    """The items differ only where the query is far below its largest column."""
+    query = torch.zeros(1, 64)
+    query[0, 3], query[0, 5] = 1.0, 1e-6
+    items = torch.zeros(5000, 64, dtype=torch.int8)
+    items[:, 5] = torch.arange(5000).div(20, rounding_mode="floor").sub(125).to(torch.int8)
+    found = top_k(query, items, 30, item_scales=torch.ones(5000))
+    assert found.ids.tolist() == [[*range(4980, 5000), *range(4960, 4970)]]
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_memory_that_is_not_referenced_is_not_read(dtype):
     p = problem(6, 90, 21, dtype)
