@@ -66,7 +66,7 @@ class Case:
         shape: the sizes that tell the case from its neighbours, in the order in which they are printed.
         inputs: makes the inputs, the same ones for all providers.
         judge: the inputs to a function that measures a finished result against float64.
-        compute_dtype: the dtype of the `torch.mm` that the flops are held against.
+        compute_dtype: the dtype of the flop rate that the flops are held against.
     """
 
     op: str

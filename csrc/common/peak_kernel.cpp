@@ -35,7 +35,7 @@ int64_t peak_flops(int64_t loops, bool pairs, float* sink) {
     return 0;
 #endif
   }
-  return run<F32>(loops, 2 * F32::kLanes, sink, [&](F32 sum) __attribute__((always_inline)) { return fma(x, y, sum); });
+  return run<F32>(loops, 2 * F32::kLanes, sink, [&](F32 sum) __attribute__((always_inline)) { return fma(sum, x, y); });
 }
 
 }  // namespace MMREC_ISA

@@ -3,8 +3,9 @@
 // The query is rounded to Q_d · step, Q_d of 16 bits in two bytes, 256 · A + B. One load of a row then costs two dot products of
 // bytes, and the 16 lanes of 16 rows are summed by a tree. What that sum can be off by is known:
 //     |q·x - step · Q·x|  <=  128 · sum_d |q_d - step · Q_d|                        |x_d| <= 128
-//     |chain - q·x|       <=  D · 2^-24 · 128 · sum_d |q_d|   (and a little)        the exact score's own rounding
-// An item whose score could pass the threshold is scored as all others are (score_rows), so results are the same bits.
+//     |chain - q·x|       <=  D · 2^-24 · 128 · sum_d |q_d|                         the exact score's own rounding
+// and what is lost where numbers become subnormal is far below 2^-120. Items whose score could pass the threshold are scored
+// by the chain of all other paths, 16 rows at a time, so results are the same bits.
 #pragma once
 
 #include "panel.h"
@@ -107,15 +108,19 @@ MMREC_INLINE uint32_t may_pass(const TopkScan<float>& scan, const Panel<float>& 
     score = mul(score, scale);
     margin = mul(margin, {_mm512_abs_ps(scale.v)});
   }
+  margin = add(margin, broadcast(0x1p-120f));
   F32 size = {_mm512_abs_ps(score.v)};
+  __mmask16 removed = 0;
   if (scan.bias != nullptr) {
     const F32 bias = load(panel.bias + v * kLanes);
     score = add(score, bias);
     size = add(size, {_mm512_abs_ps(bias.v)});
+    removed = _mm512_cmp_ps_mask(bias.v, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ);
   }
   // The roundings of these lines and of the exact score's scale and bias are a few units in the last place.
   const F32 bound = add(score, fma(size, broadcast(0x1p-20f), margin));
-  return _mm512_cmp_ps_mask(bound.v, broadcast(threshold).v, _CMP_NLE_UQ);  // NaN may pass
+  const __mmask16 passing = _mm512_cmp_ps_mask(bound.v, broadcast(threshold).v, _CMP_NLE_UQ);  // NaN may pass
+  return static_cast<__mmask16>(passing & ~removed);
 }
 
 }  // namespace

@@ -134,7 +134,7 @@ struct Ahead {
   template <typename T>
   static Ahead of(const TopkScan<T>& scan, const Panel<T>& panel) {
     const int64_t step = scan.row_stride * item_bytes(scan.item_type);
-    if (scan.ids != nullptr) return {panel.rows[0], 0, 0};
+    if (scan.ids != nullptr || step == 0) return {panel.rows[0], 0, 0};
     if (scan.row_stride == scan.width) return {panel.rows[0] + kAhead, 4 * Vec<T>::kLanes, kPanelRows<T>};
     return {panel.rows[0] + divide_up(kAhead, step) * step, step, 1};
   }

@@ -64,7 +64,8 @@ void cut(Selection<T>& selection, void* scratch) {
   int64_t equals = selection.k;
   for (int64_t i = 0; i < selection.count; ++i) equals -= keys[i] > bound;
   int64_t kept = 0;
-  T worst = std::numeric_limits<T>::infinity();
+  constexpr T kInfinity = std::numeric_limits<T>::infinity();
+  T worst = kInfinity;
   for (int64_t i = 0; kept < selection.k; ++i) {
     const T score = selection.scores[i];
     const bool equal = keys[i] == bound;

@@ -6,6 +6,7 @@
 // A score is one such chain over d, whatever the batch: its bits depend on its query and its item only. Fewer queries take
 // the same sums from the transposed registers: a panel would be written and read only once.
 // Where the ISA multiplies pairs of bfloat16 and both sides are bfloat16, a step of the chain is a pair.
+// One query over int8 items is scored in full only where a bound of its score passes (first_pass.h).
 // The epilogue compares a vector of scores with the query's running threshold; almost always nothing passes.
 //
 // Reads: items once (N·D elements), queries from L2 once per panel. Flops 2·B·N·D. Writes: candidates only.
@@ -176,7 +177,7 @@ F32 exact_int8(const TopkScan<float>& scan, const Panel<float>& panel, int v) {
 }
 
 template <int kBlocks>
-void scan_int8(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
+void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
   const __mmask64 end = ~__mmask64{0} >> (64 * kBlocks - scan.width);
   Selection<float>& selection = scan.selections[0];
   for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
@@ -190,21 +191,21 @@ void scan_int8(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQu
 }
 
 // False if the first pass does not apply.
-bool scan_int8(const TopkScan<float>& scan, Panel<float>& panel) {
+bool try_first_pass(const TopkScan<float>& scan, Panel<float>& panel) {
   RoundedQuery query;
   if (scan.num_queries != 1 || !query.round(scan.queries, scan.width)) return false;
   switch ((scan.width + 63) / 64) {
     case 1:
-      scan_int8<1>(scan, panel, query);
+      scan_passing<1>(scan, panel, query);
       break;
     case 2:
-      scan_int8<2>(scan, panel, query);
+      scan_passing<2>(scan, panel, query);
       break;
     case 3:
-      scan_int8<3>(scan, panel, query);
+      scan_passing<3>(scan, panel, query);
       break;
     default:
-      scan_int8<4>(scan, panel, query);
+      scan_passing<4>(scan, panel, query);
   }
   return true;
 }
@@ -249,7 +250,7 @@ void topk_scan(const TopkScan<float>& scan) {
       return scan_words<ItemType::kBFloat16>(scan, panel);
     default:
 #if defined(__AVX512VNNI__)
-      if (scan_int8(scan, panel)) return;
+      if (try_first_pass(scan, panel)) return;
 #endif
       return scan_words<ItemType::kInt8>(scan, panel);
 #else

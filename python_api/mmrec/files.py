@@ -15,8 +15,8 @@ def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
 
     The bytes go to a temporary file in the same folder, which is made if need be, are flushed to the disk and renamed
-    over `path`. On any failure, Ctrl-C included, the temporary file is removed and `path` is left as it was; the error
-    is passed on.
+    over `path`. On any failure before that, Ctrl-C included, the temporary file is removed and `path` is left as it
+    was; the error is passed on.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -149,18 +149,46 @@ def test_one_query_over_int8_items_is_one_of_many(d, size):
     p["query"] = p["query"] * size if math.isfinite(size) else torch.where(torch.arange(d) == 0, size, p["query"])
     p["item_scales"] *= torch.where(torch.rand(n) < 0.3, -1.0, 1.0)
     p["items"][:50] = 127 * p["query"].nan_to_num().sign().to(torch.int8)  # the best, and ties
+
+    def one_of_many(k, **changes):
+        q = {**p, **changes}
+        alone, many = top_k(**q, k=k), top_k(**{**q, "query": q["query"].expand(7, -1)}, k=k)
+        assert torch.equal(alone.ids[0], many.ids[6]) and torch.equal(alone.scores[0], many.scores[6])
+
+    for scale in (1.0, 1e20, 1e-30, 2.0**-149):
+        one_of_many(10, bias=None, item_scales=(p["item_scales"] * 64).sign() * scale)
+    one_of_many(10, bias=p["bias"] * 3e38)
+    candidates = (torch.tensor([0, 500]), torch.randint(0, n, (500,)))
+    chosen = top_k(**p, k=10, candidates=candidates)
+    again = top_k(
+        **{**p, "query": p["query"].expand(7, -1)}, k=10, candidates=(torch.arange(8) * 500, candidates[1].repeat(7))
+    )
+    assert torch.equal(chosen.ids[0], again.ids[6]) and torch.equal(chosen.scores[0], again.scores[6])
     for special in ({}, {"item_scales": (math.nan, math.inf, 0.0)}, {"bias": (math.nan, math.inf, -math.inf)}):
         for name, values in special.items():
             p[name][torch.randperm(n)[:30]] = torch.tensor(values).repeat(10)
         for k in (1, 10, 100):
-            alone, many = top_k(**p, k=k), top_k(**{**p, "query": p["query"].expand(7, -1)}, k=k)
-            assert torch.equal(alone.ids[0], many.ids[6]) and torch.equal(alone.scores[0], many.scores[6])
+            one_of_many(k)
+
+
+def test_one_query_over_int8_items_with_subnormal_scores():
+    query, items = torch.tensor([[1.0, 0.50001]]), torch.zeros(400, 2, dtype=torch.int8)
+    items[300, 1] = 1
+    assert top_k(query, items, 1, item_scales=torch.full((400,), 2.0**-149)).ids.tolist() == [[300]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("b", (1, 7))
+def test_items_may_be_one_row_expanded(b, dtype):
+    p = problem(b, 1, 24, dtype)
+    expanded = {name: t if name == "query" else t.expand(100, *t.shape[1:]) for name, t in p.items()}
+    assert top_k(**expanded, k=3).ids.tolist() == [[0, 1, 2]] * b
 
 
 def test_one_query_over_int8_items_sees_what_rounding_loses():
     """The items differ only where the query is far below its largest column."""
     query = torch.zeros(1, 64)
-    query[0, 3], query[0, 5] = 1.0, 1e-6
+    query[0, 3], query[0, 5] = 1.0, 1e-5
     items = torch.zeros(5000, 64, dtype=torch.int8)
     items[:, 5] = torch.arange(5000).div(20, rounding_mode="floor").sub(125).to(torch.int8)
     found = top_k(query, items, 30, item_scales=torch.ones(5000))

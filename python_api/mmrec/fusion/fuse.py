@@ -82,7 +82,7 @@ class CrossModalAttention(nn.Module):
         )  # fmt: skip
         assert result.mass is not None
         answers = result.out.view(num_items, self.query.shape[0], like.shape[1])
-        mass = result.mass.view(num_items, -1, len(self.modalities))
+        mass = result.mass.view(num_items, self.query.shape[0] * self.num_heads, len(self.modalities))
         return Fused(answers.mean(1), mass.mean(1))
 
     def _segment(self, tokens: Tokens | None, num_items: int, like: Tensor) -> Segment:

@@ -18,7 +18,7 @@ from ...files import write_atomic
 
 __all__ = ["exists", "load_tensors", "remove", "save_json", "save_tensors"]
 
-_FORMAT = 1
+_FORMAT = 2  # 2: the fusion averages its answers
 
 
 def exists(folder: Path, name: str) -> bool:
