@@ -2,7 +2,6 @@
 
 import gc
 import math
-import os
 
 import bench_package  # noqa: F401
 import pytest
@@ -12,7 +11,7 @@ from mmrec_kernels.benchmarks.case import Case, Provider, Work, in_mode, leaf, r
 from mmrec_kernels.benchmarks.clock import CpuClock
 from mmrec_kernels.benchmarks.rows import Row, compare
 
-from mmrec_kernels import library
+from mmrec_kernels import library, schemas
 
 
 class FakeClock:
@@ -146,12 +145,19 @@ def test_roofline_is_measured():
     )
 
 
-@pytest.mark.skipif("MMREC_CPU_ISA" in os.environ or library.cpu_isa() == "none", reason="not the best ISA's _C")
-def test_no_product_is_faster_than_registers():
-    side, clock = 512, CpuClock(pause=0.0)
-    a = torch.randn(side, side)
-    product = 2 * side**3 / min(clock.seconds(lambda: a @ a) for _ in range(5))
-    assert product < 1.1 * roofline.measure("cpu", clock, set(), buffer_bytes=2**20, side=64).flops_per_s["float32"]
+@pytest.mark.skipif(library.cpu_isa() == "none", reason="_C is not built")
+def test_multiply_counts_its_flops():
+    lanes = {"base": 4, "avx2": 8, "avx512": 16, "avx512_bf16": 16}[library.cpu_isa()]
+    steps = 100 * 12 * lanes * torch.get_num_threads()
+    assert library.call(schemas.multiply, torch.empty(0), 100, False) == 2 * steps
+    pairs = 4 * steps if library.cpu_isa() == "avx512_bf16" else 0
+    assert library.call(schemas.multiply, torch.empty(0), 100, True) == pairs
+
+
+def test_the_faster_product_counts(monkeypatch):
+    monkeypatch.setattr(roofline, "_registers", lambda *_: 1e18)
+    found = roofline.measure("cpu", CpuClock(pause=0.0), set(), buffer_bytes=2**20, side=64)
+    assert found.flops_per_s == {"float32": 1e18}
 
 
 def row(provider, median_ms):
