@@ -89,10 +89,28 @@ _INFONCE_PROBLEM = (
 )
 
 
+INFONCE_TILE = (96, 192)  # queries and keys of a tile of logits
+_INFONCE_COLUMNS = 32  # a row's exponentials are padded to a multiple of this
+
+
 def infonce_saved_bytes(rows: int, columns: int, dtype: torch.dtype, workspace_bytes: int) -> int:
-    """Bytes that an InfoNCE forward keeps of its logits for the backward; 0 if they would exceed the workspace."""
-    size = rows * columns * statistics_dtype(dtype).itemsize
-    return size if size <= workspace_bytes else 0
+    """Bytes that an InfoNCE forward keeps for the backward; 0 if the exponentials would exceed the workspace.
+
+    One exponential per pair in the dtype of the inputs, one reference per row and tile of keys, and one mark per tile.
+    """
+    padded = (columns + _INFONCE_COLUMNS - 1) // _INFONCE_COLUMNS * _INFONCE_COLUMNS
+    row_tiles, column_tiles = ((n + t - 1) // t for n, t in zip((rows, columns), INFONCE_TILE, strict=True))
+    size = rows * padded * dtype.itemsize
+    marks = (rows + row_tiles) * column_tiles * statistics_dtype(dtype).itemsize
+    return size + marks if size <= workspace_bytes else 0
+
+
+def infonce_terms_dtype(device: torch.device) -> torch.dtype:
+    """dtype of an InfoNCE's terms: float64 (float32 on mps, which has none).
+
+    A float32 log-sum-exp of 100 is off by up to 4e-6, and so would every probability be.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
 
 
 @_define(
@@ -118,8 +136,9 @@ def infonce_forward(
     save: bool,
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """positive, row_lse, mean, rank `[Nq]` and column_lse `[Nk]` (`[0]` where not asked for), and what is saved."""
     rows, columns = query.shape[0], key.shape[0]
-    dtype = statistics_dtype(query.dtype)
+    dtype = infonce_terms_dtype(query.device)
     saved_bytes = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
     return (
         query.new_empty(rows, dtype=dtype),

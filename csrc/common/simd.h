@@ -39,9 +39,34 @@ MMREC_INLINE F32 mul(F32 a, F32 b) { return {_mm512_mul_ps(a.v, b.v)}; }
 MMREC_INLINE F64 mul(F64 a, F64 b) { return {_mm512_mul_pd(a.v, b.v)}; }
 MMREC_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 MMREC_INLINE F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
+MMREC_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
+MMREC_INLINE F64 sub(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+// The larger; b where either is NaN.
+MMREC_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
+MMREC_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
 // Bit i: a[i] > b[i]; false where either is NaN.
 MMREC_INLINE uint32_t greater(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 MMREC_INLINE uint32_t greater(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+// Lane i: bit i is set ? a[i] : b[i].
+MMREC_INLINE F32 select(uint32_t bits, F32 a, F32 b) {
+  return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)};
+}
+MMREC_INLINE F64 select(uint32_t bits, F64 a, F64 b) {
+  return {_mm512_mask_mov_pd(b.v, static_cast<__mmask8>(bits), a.v)};
+}
+// 2^k of lanes that hold an integer k of at least -126 (-1022) in the last bits of their mantissa.
+MMREC_INLINE F32 power_of_two(F32 a) {
+  return {_mm512_castsi512_ps(
+      _mm512_add_epi32(_mm512_slli_epi32(_mm512_castps_si512(a.v), 23), _mm512_set1_epi32(127 << 23)))};
+}
+MMREC_INLINE F64 power_of_two(F64 a) {
+  return {_mm512_castsi512_pd(
+      _mm512_add_epi64(_mm512_slli_epi64(_mm512_castpd_si512(a.v), 52), _mm512_set1_epi64(int64_t{1023} << 52)))};
+}
+// Bit i: p[i] == a, for the lanes of an F32.
+MMREC_INLINE uint32_t equal(const int32_t* p, int32_t a) {
+  return _mm512_cmpeq_epi32_mask(_mm512_loadu_si512(p), _mm512_set1_epi32(a));
+}
 
 #elif defined(__AVX2__)
 
@@ -65,6 +90,33 @@ MMREC_INLINE F32 mul(F32 a, F32 b) { return {_mm256_mul_ps(a.v, b.v)}; }
 MMREC_INLINE F64 mul(F64 a, F64 b) { return {_mm256_mul_pd(a.v, b.v)}; }
 MMREC_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 MMREC_INLINE F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
+MMREC_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
+MMREC_INLINE F64 sub(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+MMREC_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
+MMREC_INLINE F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
+MMREC_INLINE F32 select(uint32_t bits, F32 a, F32 b) {
+  const __m256i lane = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+  const __m256i set = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(static_cast<int>(bits)), lane), lane);
+  return {_mm256_blendv_ps(b.v, a.v, _mm256_castsi256_ps(set))};
+}
+MMREC_INLINE F64 select(uint32_t bits, F64 a, F64 b) {
+  const __m256i lane = _mm256_setr_epi64x(1, 2, 4, 8);
+  const __m256i set = _mm256_cmpeq_epi64(_mm256_and_si256(_mm256_set1_epi64x(bits), lane), lane);
+  return {_mm256_blendv_pd(b.v, a.v, _mm256_castsi256_pd(set))};
+}
+MMREC_INLINE F32 power_of_two(F32 a) {
+  return {_mm256_castsi256_ps(
+      _mm256_add_epi32(_mm256_slli_epi32(_mm256_castps_si256(a.v), 23), _mm256_set1_epi32(127 << 23)))};
+}
+MMREC_INLINE F64 power_of_two(F64 a) {
+  return {_mm256_castsi256_pd(
+      _mm256_add_epi64(_mm256_slli_epi64(_mm256_castpd_si256(a.v), 52), _mm256_set1_epi64x(int64_t{1023} << 52)))};
+}
+MMREC_INLINE uint32_t equal(const int32_t* p, int32_t a) {
+  const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return static_cast<uint32_t>(
+      _mm256_movemask_ps(_mm256_castsi256_ps(_mm256_cmpeq_epi32(values, _mm256_set1_epi32(a)))));
+}
 MMREC_INLINE uint32_t greater(F32 a, F32 b) {
   return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_GT_OQ)));
 }
@@ -77,6 +129,8 @@ MMREC_INLINE uint32_t greater(F64 a, F64 b) {
 // The compiler lowers these to SSE2, NEON or scalar code.
 typedef float Float4 __attribute__((vector_size(16)));
 typedef double Double2 __attribute__((vector_size(16)));
+typedef int32_t Int4 __attribute__((vector_size(16)));
+typedef int64_t Long2 __attribute__((vector_size(16)));
 struct F32 {
   static constexpr int kLanes = 4;
   Float4 v;
@@ -104,6 +158,35 @@ MMREC_INLINE F32 mul(F32 a, F32 b) { return {a.v * b.v}; }
 MMREC_INLINE F64 mul(F64 a, F64 b) { return {a.v * b.v}; }
 MMREC_INLINE F32 add(F32 a, F32 b) { return {a.v + b.v}; }
 MMREC_INLINE F64 add(F64 a, F64 b) { return {a.v + b.v}; }
+MMREC_INLINE F32 sub(F32 a, F32 b) { return {a.v - b.v}; }
+MMREC_INLINE F64 sub(F64 a, F64 b) { return {a.v - b.v}; }
+MMREC_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
+MMREC_INLINE F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
+MMREC_INLINE F32 select(uint32_t bits, F32 a, F32 b) {
+  const Int4 lane = {1, 2, 4, 8}, all = {static_cast<int>(bits), static_cast<int>(bits), static_cast<int>(bits), static_cast<int>(bits)};
+  return {(all & lane) != 0 ? a.v : b.v};
+}
+MMREC_INLINE F64 select(uint32_t bits, F64 a, F64 b) {
+  const Long2 lane = {1, 2}, all = {bits, bits};
+  return {(all & lane) != 0 ? a.v : b.v};
+}
+MMREC_INLINE F32 power_of_two(F32 a) {
+  Int4 bits;
+  std::memcpy(&bits, &a.v, sizeof(bits));
+  bits = (bits << 23) + (127 << 23);
+  return load_generic<F32>(&bits);
+}
+MMREC_INLINE F64 power_of_two(F64 a) {
+  Long2 bits;
+  std::memcpy(&bits, &a.v, sizeof(bits));
+  bits = (bits << 52) + (int64_t{1023} << 52);
+  return load_generic<F64>(&bits);
+}
+MMREC_INLINE uint32_t equal(const int32_t* p, int32_t a) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(p[i] == a) << i;
+  return bits;
+}
 MMREC_INLINE uint32_t greater(F32 a, F32 b) {
   uint32_t bits = 0;
   for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
@@ -142,6 +225,79 @@ MMREC_INLINE float widen(BFloat16 a) {
   float value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
+}
+// To the nearest bfloat16, ties to even; NaN stays NaN.
+MMREC_INLINE BFloat16 narrow(float a) {
+  uint32_t bits;
+  std::memcpy(&bits, &a, sizeof(bits));
+  if ((bits & 0x7fffffffu) > 0x7f800000u) return {0x7fc0};
+  return {static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16)};
+}
+
+#if defined(__AVX512F__)
+MMREC_INLINE F32 load(const BFloat16* p) {
+  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16))};
+}
+#if defined(__AVX512BF16__)
+// Subnormals become zero.
+MMREC_INLINE void store(BFloat16* p, F32 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), (__m256i)_mm512_cvtneps_pbh(a.v));
+}
+// 32 bfloat16: those of a, then those of b.
+MMREC_INLINE F32 append_bf16(F32 a, F32 b) { return {_mm512_castsi512_ps((__m512i)_mm512_cvtne2ps_pbh(b.v, a.v))}; }
+// Lane i: a[i] in the lower half, b[i] in the upper one.
+MMREC_INLINE F32 pair_bf16(F32 a, F32 b) {
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21, 5,
+                                         20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  return {_mm512_castsi512_ps(_mm512_permutexvar_epi16(order, (__m512i)_mm512_cvtne2ps_pbh(b.v, a.v)))};
+}
+#else
+MMREC_INLINE void store(BFloat16* p, F32 a) {
+  const __m512i bits = _mm512_castps_si512(a.v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  const __m512i rounded =
+      _mm512_srli_epi32(_mm512_add_epi32(_mm512_add_epi32(bits, _mm512_set1_epi32(0x7fff)), odd), 16);
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_mask_mov_epi32(rounded, is_nan, _mm512_set1_epi32(0x7fc0))));
+}
+#endif
+#else
+// The compiler turns these loops into vectors.
+MMREC_INLINE F32 load(const BFloat16* p) {
+  float values[F32::kLanes];
+  for (int i = 0; i < F32::kLanes; ++i) values[i] = widen(p[i]);
+  return load(values);
+}
+MMREC_INLINE void store(BFloat16* p, F32 a) {
+  float values[F32::kLanes];
+  store(values, a);
+  for (int i = 0; i < F32::kLanes; ++i) p[i] = narrow(values[i]);
+}
+#endif
+
+// Lanes are folded in halves, an order that is the same for every length.
+template <typename V, typename T, typename Fold>
+MMREC_INLINE T fold(V a, T*, const Fold& two) {
+  T lanes[V::kLanes];
+  store(lanes, a);
+  for (int half = V::kLanes / 2; half > 0; half /= 2) {
+    for (int i = 0; i < half; ++i) lanes[i] = two(lanes[i], lanes[i + half]);
+  }
+  return lanes[0];
+}
+MMREC_INLINE float reduce_add(F32 a) {
+  return fold(a, static_cast<float*>(nullptr), [](float x, float y) { return x + y; });
+}
+MMREC_INLINE double reduce_add(F64 a) {
+  return fold(a, static_cast<double*>(nullptr), [](double x, double y) { return x + y; });
+}
+MMREC_INLINE float reduce_max(F32 a) {
+  return fold(a, static_cast<float*>(nullptr), [](float x, float y) { return x > y ? x : y; });
+}
+MMREC_INLINE double reduce_max(F64 a) {
+  return fold(a, static_cast<double*>(nullptr), [](double x, double y) { return x > y ? x : y; });
 }
 
 }  // namespace

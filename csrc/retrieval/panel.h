@@ -5,6 +5,7 @@
 #pragma once
 
 #include "../common/simd.h"
+#include "../common/step.h"
 #include "../common/transpose.h"
 #include "topk_kernel.h"
 
@@ -71,24 +72,6 @@ void find_rows(const TopkScan<T>& scan, int64_t first, Panel<T>& panel) {
     if (scan.bias != nullptr) panel.bias[i] = scan.bias[row];
   }
 }
-
-// acc + x · q.
-struct Multiply {
-  template <typename V>
-  MMREC_INLINE static V add(V x, V q, V acc) {
-    return fma(x, q, acc);
-  }
-};
-
-#if defined(__AVX512BF16__)
-// acc + x · q over two bfloat16 in each 32-bit lane: the odd one first, each product added with one rounding, subnormals
-// taken for zero.
-struct MultiplyPairs {
-  MMREC_INLINE static F32 add(F32 x, F32 q, F32 acc) {
-    return {_mm512_dpbf16_ps(acc.v, (__m512bh)x.v, (__m512bh)q.v)};
-  }
-};
-#endif
 
 #if defined(__AVX2__)
 // What a word of a row is to the scan: kPerWord columns, each multiplied as `Step` says.

@@ -59,7 +59,8 @@ def _info_nce(
     if reduction == "mean":
         total_weight = torch.as_tensor(total_weight, dtype=losses.dtype, device=losses.device)
         total_weight = _AllGather.apply(total_weight.reshape(1), ones, group).sum() / ranks
-    return reduce(weighted, total_weight, reduction), stats(result, found) if return_stats else None
+    value = reduce(problem, weighted, total_weight, reduction)
+    return value, stats(problem, result, found) if return_stats else None
 
 
 def _with_all_keys(problem: Problem, offset: int, counts: list[int], group: dist.ProcessGroup) -> Problem:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
+from ..schemas import statistics_dtype
 from .autograd import Problem, Terms, terms
 
 
@@ -77,21 +78,22 @@ def weigh(losses: Tensor, weight: Tensor | None, found: Tensor | None) -> tuple[
     return weight * losses, weight.sum()
 
 
-def reduce(weighted: Tensor, total_weight: Tensor | int, reduction: str) -> Tensor:
-    """The mean is 0 where there is nothing to average."""
-    if reduction == "none":
-        return weighted
-    total = weighted.sum()
-    if reduction == "sum":
-        return total
-    if isinstance(total_weight, Tensor):
-        return total / torch.where(total_weight == 0, 1, total_weight)
-    return total / max(total_weight, 1)
+def reduce(problem: Problem, weighted: Tensor, total_weight: Tensor | int, reduction: str) -> Tensor:
+    """The loss in its own dtype; the mean is 0 where there is nothing to average."""
+    if reduction != "none":
+        weighted = weighted.sum()
+    if reduction == "mean":
+        if isinstance(total_weight, Tensor):
+            weighted = weighted / torch.where(total_weight == 0, 1, total_weight)
+        else:
+            weighted = weighted / max(total_weight, 1)
+    return weighted.to(statistics_dtype(problem.query.dtype))
 
 
-def stats(result: Terms, found: Tensor | None) -> InfoNCEStats:
-    lse = torch.logaddexp(result.row_lse, result.positive).detach()
-    positive = result.positive.detach()
+def stats(problem: Problem, result: Terms, found: Tensor | None) -> InfoNCEStats:
+    dtype = statistics_dtype(problem.query.dtype)
+    lse = torch.logaddexp(result.row_lse, result.positive).detach().to(dtype)
+    positive = result.positive.detach().to(dtype)
     if found is not None:
         lse, positive = torch.where(found, lse, -torch.inf), torch.where(found, positive, -torch.inf)
     return InfoNCEStats(lse, positive, result.rank, result.rank == 0)
@@ -115,4 +117,5 @@ def info_nce(
     result = terms(problem, need_mean=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
     losses = row_losses(problem, result, found, label_smoothing)
     weighted, total_weight = weigh(losses, weight, found)
-    return reduce(weighted, total_weight, reduction), stats(result, found) if return_stats else None
+    value = reduce(problem, weighted, total_weight, reduction)
+    return value, stats(problem, result, found) if return_stats else None

@@ -12,7 +12,7 @@ Both directions share their negatives: the kept pairs (i, j) with j ≠ t_i. Wit
 
 so the positive never meets the sum of exponentials, and a loss near zero loses nothing. The forward runs one GEMM over
 the Nq×Nk logits and the backward two; the negatives' logits (−inf where left out) are kept while they fit the
-workspace, else the backward makes them again in blocks of rows.
+workspace and the inputs are no narrower, else the backward makes them again in blocks of rows.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from .. import library
-from ..schemas import infonce_saved_bytes, statistics_dtype
+from ..schemas import infonce_saved_bytes, infonce_terms_dtype, statistics_dtype
 from ..validation import check_offsets
 
 NORM_EPS = 1e-12
@@ -76,24 +76,25 @@ def forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(positive, row_lse, column_lse, mean, rank, saved); 0, −inf, 0 and −1 in a row that has no term."""
     rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
-    positive = query.new_zeros(rows, dtype=dtype)
-    row_lse = query.new_full((rows,), -torch.inf, dtype=dtype)
-    column_lse = query.new_full((columns if symmetric else 0,), -torch.inf, dtype=dtype)
-    mean = query.new_zeros(rows if need_mean else 0, dtype=dtype)
+    wide = infonce_terms_dtype(query.device)
+    positive = query.new_zeros(rows, dtype=wide)
+    row_lse = query.new_full((rows,), -torch.inf, dtype=wide)
+    column_lse = query.new_full((columns if symmetric else 0,), -torch.inf, dtype=wide)
+    mean = query.new_zeros(rows if need_mean else 0, dtype=wide)
     rank = query.new_full((rows if need_rank else 0,), -1, dtype=torch.int64)
     size = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
     saved = query.new_empty(size, dtype=torch.uint8)
+    kept_logits = _kept_logits(saved, rows, columns, query.dtype)
     with torch.autocast(query.device.type, enabled=False):
         p = _problem(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
                      exclude_positions, log_q, symmetric, normalize)  # fmt: skip
         for block in _blocks(rows, columns, dtype, workspace_bytes):
-            out = saved.view(dtype).view(rows, columns)[block] if size else None
-            logits, found = _negatives(p, block, out)
+            logits, found = _negatives(p, block, None if kept_logits is None else kept_logits[block])
             has_term = p.has_term[block]
             positive[block] = found
             row_lse[block] = torch.logsumexp(logits, 1).masked_fill_(~has_term, -torch.inf)
             if symmetric:
-                column_lse = torch.logaddexp(column_lse, torch.logsumexp(logits, 0))
+                column_lse = torch.logaddexp(column_lse, torch.logsumexp(logits, 0).to(wide))
             if need_mean:
                 kept = logits != -torch.inf
                 total = torch.where(kept, logits, 0.0).sum(1) + found
@@ -133,6 +134,11 @@ def backward(
     """(dquery, dkey, dscale, dlog_q): the closed forms above; what is not needed is empty."""
     rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
     need_u = need_query or need_scale
+    kept_logits = _kept_logits(saved, rows, columns, query.dtype)
+    row_lse, column_lse = row_lse.to(dtype), column_lse.to(dtype)
+    grad_row_lse, grad_column_lse, grad_mean = (
+        None if grad is None else grad.to(dtype) for grad in (grad_row_lse, grad_column_lse, grad_mean)
+    )
     with torch.autocast(query.device.type, enabled=False):
         p = _problem(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
                      exclude_positions, log_q, symmetric, normalize)  # fmt: skip
@@ -141,10 +147,7 @@ def backward(
         grad_log_q = p.key.new_zeros(columns)
         slope_of_positive = p.query.new_zeros(rows) if grad_positive is None else grad_positive.to(dtype, copy=True)
         for block in _blocks(rows, columns, dtype, workspace_bytes):
-            if saved.numel():
-                logits = saved.view(dtype).view(rows, columns)[block]
-            else:
-                logits, _ = _negatives(p, block, None)
+            logits = _negatives(p, block, None)[0] if kept_logits is None else kept_logits[block]
             if grad_row_lse is not None:
                 slope = _softmax(logits, row_lse[block], grad_row_lse[block], 1)
             else:
@@ -174,6 +177,13 @@ def backward(
             grad_scale if need_scale else u.new_empty(0),
             grad_log_q if need_log_q else u.new_empty(0),
         )
+
+
+def _kept_logits(saved: Tensor, rows: int, columns: int, dtype: torch.dtype) -> Tensor | None:
+    """The place of the logits in what is saved; None where there is none, or it is meant for 16-bit exponentials."""
+    if saved.numel() == 0 or dtype != statistics_dtype(dtype):
+        return None
+    return saved[: rows * columns * dtype.itemsize].view(dtype).view(rows, columns)
 
 
 def _problem(

@@ -12,6 +12,8 @@ from torch.nn.functional import cross_entropy, normalize
 
 from mmrec_kernels.infonce import info_nce
 
+pytestmark = pytest.mark.usefixtures("provider")
+
 INF = float("inf")
 
 

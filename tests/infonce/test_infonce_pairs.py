@@ -9,6 +9,8 @@ from torch import Tensor
 
 from mmrec_kernels.infonce import info_nce, info_nce_pairs
 
+pytestmark = pytest.mark.usefixtures("provider")
+
 NAMES = ("text", "image", "table")
 
 

@@ -1,0 +1,162 @@
+// A tile of logits: which of its pairs are kept, its dot products, and what a dot product is as a logit.
+#pragma once
+
+#include "../common/gemm.h"
+#include "infonce_kernel.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+constexpr int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
+
+// The place of a tile: its first row and key, and how many of each it has.
+struct Place {
+  int64_t row, column, rows, columns, padded_columns;
+
+  template <typename T>
+  Place(const Logits<T>& logits, int64_t row_tile, int64_t column_tile)
+      : row(row_tile * kTileRows),
+        column(column_tile * kTileColumns),
+        rows(at_most(logits.rows - row, kTileRows)),
+        columns(at_most(logits.columns - column, kTileColumns)),
+        padded_columns(round_up(columns, kColumnUnit)) {}
+};
+
+// What e_ij have below all others where nothing is kept; differences of references stay finite.
+template <typename T>
+constexpr T kNothing = T(-1e30);
+
+// The elements of the matrices, which are also what e_ij are kept as, and the operands of the products.
+template <typename RawType, typename DotType>
+struct Kind {
+  using Raw = RawType;
+  using Dot = DotType;
+};
+
+// Calls `run` with the Kind of `element`.
+template <typename T, typename Run>
+MMREC_INLINE void with_kind(Element element, const Run& run) {
+  if constexpr (sizeof(T) == 8) {
+    run(Kind<double, DoubleDot>());
+  } else {
+    switch (element) {
+      case Element::kFloat32:
+        return run(Kind<float, FloatDot>());
+#if defined(__AVX512BF16__)
+      case Element::kBFloat16Pairs:
+        return run(Kind<BFloat16, PairDot>());
+#endif
+      default:
+        return run(Kind<BFloat16, FloatDot>());
+    }
+  }
+}
+
+// Eight chains, so that double precision costs little.
+template <typename A, typename B>
+double dot_in_double(const A* a, const B* b, int64_t width) {
+  double sums[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= width; d += 8) {
+    for (int l = 0; l < 8; ++l) sums[l] += static_cast<double>(widen(a[d + l])) * static_cast<double>(widen(b[d + l]));
+  }
+  for (; d < width; ++d) sums[d % 8] += static_cast<double>(widen(a[d])) * static_cast<double>(widen(b[d]));
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+// bfloat16 products are exact, and their gradients are rounded to 8 bits.
+template <typename Dot>
+constexpr int64_t kLogitChain = Dot::kColumns == 1 ? kExactChain : kLongChain;
+
+// The dot products of a tile, into `tile`; whole groups and panels of them.
+template <typename Dot, typename T>
+void dot_products(const Logits<T>& logits, const Place& at, T* tile) {
+  multiply<Dot, 1, kGroup, kLogitChain<Dot>>(logits.query_groups + at.row * logits.depth, kGroup * logits.depth,
+                           (at.rows + kGroup - 1) / kGroup, logits.key_panels + at.column * logits.depth,
+                           kPanel<Dot> * logits.depth, at.padded_columns / kPanel<Dot>, logits.depth, tile, kTileStride,
+                           false);
+}
+
+// The dot products of a vector's pairs as logits, less `ref`: in one rounding where there is nothing but a scale. kGeneral: with
+// kappa and bias.
+template <bool kGeneral, typename T, typename V = Vec<T>>
+struct LogitRow {
+  V sigma, rest;
+
+  LogitRow(const Logits<T>& logits, int64_t row)
+      : sigma(broadcast(logits.sigma[row])), rest(broadcast(logits.sigma_rest[row])) {}
+
+  MMREC_INLINE V less(const Logits<T>& logits, int64_t column, V dot, V minus_ref) const {
+    if constexpr (kGeneral) dot = mul(dot, load(logits.kappa + column));
+    V x = fma(dot, sigma, minus_ref);
+    if constexpr (sizeof(T) == 4) x = fma(dot, rest, x);
+    if constexpr (kGeneral) x = sub(x, load(logits.bias + column));
+    return x;
+  }
+};
+
+// Lane i of a vector of kLanes: bit i.
+template <int kLanes>
+MMREC_INLINE uint32_t lane_bits(const uint64_t* bits, int64_t column) {
+  return static_cast<uint32_t>(bits[column / 64] >> (column % 64)) & static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
+}
+
+// Bits of the kept pairs of a tile, kBitWords a row. False: all pairs of all panels are kept, and the bits are not needed.
+template <typename T>
+bool kept_pairs(const Logits<T>& logits, const Place& at, uint64_t* bits) {
+  const uint64_t* const keys = logits.key_bits + at.column / 64;
+  uint64_t whole[kBitWords];
+  bool left_out = false;
+  for (int64_t w = 0; w < kBitWords; ++w) {
+    const int64_t here = at.padded_columns - 64 * w;
+    const uint64_t all = here >= 64 ? ~uint64_t{0} : here <= 0 ? 0 : (uint64_t{1} << here) - 1;
+    whole[w] = keys[w] & all;
+    left_out |= whole[w] != all;
+  }
+  for (int64_t i = 0; i < at.rows; ++i) {
+    uint64_t* const row = bits + i * kBitWords;
+    const int64_t r = at.row + i, t = logits.target[r] - at.column;
+    const bool read = logits.row_read == nullptr || logits.row_read[r] != 0;
+    for (int64_t w = 0; w < kBitWords; ++w) row[w] = read ? whole[w] : 0;
+    left_out |= !read;
+    if (!read) continue;
+    if (logits.query_ids != nullptr && logits.query_ids[r] >= 0) {
+      const int32_t id = logits.query_ids[r];
+      const int32_t* const ids = logits.key_ids + at.column;
+      for (int64_t w = 0; w * 64 < at.padded_columns; ++w) {
+        uint64_t hits = 0;
+        for (int64_t c = 0; c < 64 && w * 64 + c < at.padded_columns; c += F32::kLanes) {
+          hits |= static_cast<uint64_t>(equal(ids + w * 64 + c, id)) << c;
+        }
+        row[w] &= ~hits;
+        left_out |= hits != 0;
+      }
+    }
+    if (logits.excluded_offsets != nullptr) {
+      const int64_t* listed = logits.excluded + logits.excluded_offsets[r];
+      const int64_t* const end = logits.excluded + logits.excluded_offsets[r + 1];
+      for (int64_t count = end - listed; count > 0;) {  // the first that is not before the tile
+        const int64_t half = count / 2;
+        const bool before = listed[half] < at.column;
+        listed += before ? half + 1 : 0;
+        count = before ? count - half - 1 : half;
+      }
+      for (; listed < end && *listed < at.column + at.columns; ++listed) {
+        const int64_t c = *listed - at.column;
+        row[c / 64] &= ~(uint64_t{1} << (c % 64));
+        left_out = true;
+      }
+    }
+    if (t >= 0 && t < at.columns) {
+      row[t / 64] &= ~(uint64_t{1} << (t % 64));
+      left_out = true;
+    }
+  }
+  return left_out;
+}
+
+}  // namespace
+}  // namespace MMREC_ISA
+}  // namespace mmrec
