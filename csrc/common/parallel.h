@@ -6,15 +6,36 @@
 #include <atomic>
 #include <cstdint>
 #include <new>
+#include <utility>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 
 namespace mmrec {
+
+// Asks for large pages under memory that is about to be written for the first time: faults of 4 KiB each were seen to take
+// longer than the writing itself. Nothing happens where the memory is small or the system has none.
+inline void prefer_large_pages(void* memory, int64_t bytes) {
+#if defined(__linux__)
+  constexpr uintptr_t kPage = uintptr_t{1} << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + kPage - 1) & ~(kPage - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + static_cast<uintptr_t>(bytes)) & ~(kPage - 1);
+  if (begin < end) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#else
+  (void)memory;
+  (void)bytes;
+#endif
+}
 
 // Uninitialised memory, aligned to a cache line.
 template <typename T>
 class Buffer {
  public:
   explicit Buffer(int64_t count = 0)
-      : data_(count == 0 ? nullptr : static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count), kAlign))) {}
+      : data_(count == 0 ? nullptr : static_cast<T*>(::operator new(sizeof(T) * static_cast<size_t>(count), kAlign))) {
+    prefer_large_pages(data_, count * static_cast<int64_t>(sizeof(T)));
+  }
   Buffer(Buffer&& other) noexcept : data_(other.data_) { other.data_ = nullptr; }
   Buffer& operator=(Buffer&& other) noexcept {
     std::swap(data_, other.data_);

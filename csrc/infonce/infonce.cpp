@@ -104,6 +104,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(const Argu
   const int64_t values = exponential_bytes(problem, rows);
   const int64_t logits_bytes = rows * problem.padded_columns() * arguments.query.element_size();
   Tensor saved = made(save && logits_bytes <= workspace_bytes ? values : 0, ScalarType::Byte);
+  prefer_large_pages(saved.mutable_data_ptr(), saved.numel());
   const Exponentials<T> keep = exponentials_in<T>(saved.mutable_data_ptr(), problem, 0, rows);
 
   // Strips of tiles, whose sums are kept apart: a grid that only the shape decides.

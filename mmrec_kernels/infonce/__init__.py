@@ -34,6 +34,7 @@ def info_nce(
     key_ids: Tensor | None = ...,
     exclude: tuple[Tensor, Tensor] | None = ...,
     log_q: Tensor | None = ...,
+    log_q_of_positive: bool = ...,
     weight: Tensor | None = ...,
     normalize: bool = ...,
     label_smoothing: float = ...,
@@ -56,6 +57,7 @@ def info_nce(
     key_ids: Tensor | None = ...,
     exclude: tuple[Tensor, Tensor] | None = ...,
     log_q: Tensor | None = ...,
+    log_q_of_positive: bool = ...,
     weight: Tensor | None = ...,
     normalize: bool = ...,
     label_smoothing: float = ...,
@@ -77,6 +79,7 @@ def info_nce(
     key_ids: Tensor | None = None,
     exclude: tuple[Tensor, Tensor] | None = None,
     log_q: Tensor | None = None,
+    log_q_of_positive: bool = True,
     weight: Tensor | None = None,
     normalize: bool = False,
     label_smoothing: float = 0.0,
@@ -111,6 +114,9 @@ def info_nce(
             ignored.
         log_q: `[Nk]` floating and finite, the natural logarithm of each key's sampling probability (Bengio & Senécal
             2008); it gets a gradient. It cancels in the column direction.
+        log_q_of_positive: False subtracts log_q from the negatives of row_i only: the positive is there with
+            probability 1, not sampled (Khrylchenko et al. 2025). Then log_q is the logarithm of how often the key is
+            expected among the negatives, number of draws times probability, for a constant no longer cancels.
         weight: `[Nq]` floating, multiplies l_i; it gets a gradient.
         normalize: replaces every query and key by x / max(‖x‖₂, 1e-12), in float32; zero rows get gradient 0.
         label_smoothing: ε in [0, 1]: the row term becomes (1−ε)·row_i + ε·(lse_i − mean of S over the kept keys).
@@ -142,6 +148,7 @@ def info_nce(
         reduction=reduction,
         workspace_bytes=workspace_bytes,
         return_stats=arguments.check_flag("return_stats", return_stats),
+        log_q_of_positive=arguments.check_flag("log_q_of_positive", log_q_of_positive),
     )
     return value if stats is None else (value, stats)
 

@@ -43,8 +43,10 @@ def _info_nce(
     reduction: str,
     workspace_bytes: int,
     return_stats: bool,
+    log_q_of_positive: bool = True,
 ) -> tuple[Tensor, InfoNCEStats | None]:
-    counts = _agree(group, problem, weight, {"label_smoothing": label_smoothing, "reduction": reduction})
+    options = {"label_smoothing": label_smoothing, "reduction": reduction, "log_q_of_positive": log_q_of_positive}
+    counts = _agree(group, problem, weight, options)
     ranks, ones = len(counts), [1] * len(counts)
     offset = sum(counts[: dist.get_rank(group)])
     whole = _with_all_keys(problem, offset, counts, group)
@@ -54,7 +56,7 @@ def _info_nce(
         mine = partials[:, offset : offset + problem.key.shape[0]]
         result = result._replace(column_lse=_log_sum_exp(mine))
     found = has_term(problem)
-    losses = row_losses(problem, result, found, label_smoothing)
+    losses = row_losses(problem, result, found, label_smoothing, log_q_of_positive)
     weighted, total_weight = weigh(losses, weight, found)
     if reduction == "mean":
         total_weight = torch.as_tensor(total_weight, dtype=losses.dtype, device=losses.device)

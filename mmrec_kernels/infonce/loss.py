@@ -47,9 +47,14 @@ def has_term(problem: Problem) -> Tensor | None:
     return found
 
 
-def row_losses(problem: Problem, result: Terms, found: Tensor | None, label_smoothing: float) -> Tensor:
+def row_losses(
+    problem: Problem, result: Terms, found: Tensor | None, label_smoothing: float, log_q_of_positive: bool
+) -> Tensor:
     """l_i [Nq]: the row term, or the mean of the row and the column term; 0 for a row without a term."""
-    row = softplus(result.row_lse - result.positive)
+    positive = result.positive
+    if not log_q_of_positive and problem.log_q is not None and problem.key.shape[0] > 0:
+        positive = positive + _log_q_of_target(problem, problem.log_q, found)
+    row = softplus(result.row_lse - positive)
     if label_smoothing:
         uniform = torch.logaddexp(result.row_lse, result.positive) - result.mean
         row = (1.0 - label_smoothing) * row + label_smoothing * uniform
@@ -67,6 +72,14 @@ def row_losses(problem: Problem, result: Terms, found: Tensor | None, label_smoo
     if found is not None:
         column_lse = torch.where(found, column_lse, -torch.inf)
     return 0.5 * (row + softplus(column_lse - result.positive))
+
+
+def _log_q_of_target(problem: Problem, log_q: Tensor, found: Tensor | None) -> Tensor:
+    if problem.target is None:
+        mine = log_q[: problem.query.shape[0]]
+    else:
+        mine = log_q[problem.target.clamp(0, problem.key.shape[0] - 1)]
+    return mine if found is None else torch.where(found, mine, 0.0)
 
 
 def weigh(losses: Tensor, weight: Tensor | None, found: Tensor | None) -> tuple[Tensor, Tensor | int]:
@@ -107,6 +120,7 @@ def info_nce(
     reduction: str,
     workspace_bytes: int,
     return_stats: bool,
+    log_q_of_positive: bool = True,
 ) -> tuple[Tensor, InfoNCEStats | None]:
     """One process: the whole batch is here."""
     found = has_term(problem)
@@ -115,7 +129,7 @@ def info_nce(
         some = found.any()
         problem = problem._replace(query=torch.where(some, problem.query, 0.0), key=torch.where(some, problem.key, 0.0))
     result = terms(problem, need_mean=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
-    losses = row_losses(problem, result, found, label_smoothing)
+    losses = row_losses(problem, result, found, label_smoothing, log_q_of_positive)
     weighted, total_weight = weigh(losses, weight, found)
     value = reduce(problem, weighted, total_weight, reduction)
     return value, stats(problem, result, found) if return_stats else None

@@ -29,6 +29,7 @@ def naive(
     key_ids: Tensor | None = None,
     exclude: tuple[Tensor, Tensor] | None = None,
     log_q: Tensor | None = None,
+    log_q_of_positive: bool = True,
     weight: Tensor | None = None,
     normalize: bool = False,
     label_smoothing: float = 0.0,
@@ -72,7 +73,8 @@ def naive(
             continue
         positive = logit(i, t)
         negatives = [logit(i, j) for j in range(keys) if j != t and not excluded(i, j)]
-        row = softplus_of_difference(negatives, positive)
+        sampled = log_q is None or log_q_of_positive
+        row = softplus_of_difference(negatives, positive if sampled else positive + log_q[t])
         every = [*negatives, positive]
         numbers = [n.item() for n in negatives]
         stats.append((log_sum_exp(every).item(), positive.item(), sum(n > positive.item() for n in numbers)))

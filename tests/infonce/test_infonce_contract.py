@@ -53,6 +53,7 @@ def test_everything_at_once_equals_the_scalar_loops(symmetric: bool, reduction: 
         "scale": torch.rand((rows,) if seed % 3 else (), dtype=torch.float64, generator=generator).add(0.5),
         "log_q": torch.randn(keys, dtype=torch.float64, generator=generator),
         "weight": torch.rand(rows, dtype=torch.float64, generator=generator),
+        "log_q_of_positive": seed not in (0, 3),
         "normalize": seed >= 3,
         "label_smoothing": 0.0 if seed == 1 else 0.15,
         "symmetric": symmetric,
@@ -138,6 +139,42 @@ def test_a_constant_log_q_changes_nothing() -> None:
     value = info_nce(query, key, log_q=constant)
     torch.testing.assert_close(value, info_nce(query, key), rtol=1e-12, atol=0.0)
     assert abs(torch.autograd.grad(value, constant)[0].sum()) < 1e-14
+
+
+def test_a_positive_that_is_not_sampled_has_no_log_q() -> None:
+    """Khrylchenko et al. 2025: the gradient is that of log(Σ_{j≠t} e^{s_j} / q_j) − s_t, weighted by the probability
+    that the row is misclassified."""
+    query, key = embeddings(5, 9)
+    log_q = torch.linspace(-4, 1, 9, dtype=torch.float64).requires_grad_()
+    target = torch.tensor([8, 0, 3, 3, 1])
+    options = {"target": target, "log_q": log_q, "symmetric": False, "log_q_of_positive": False}
+    inputs = [query, key, log_q]
+
+    def margin() -> Tensor:
+        logits = query @ key.T
+        negatives = (logits - log_q).scatter(1, target[:, None], -INF).logsumexp(1)
+        return negatives - logits.gather(1, target[:, None])[:, 0]
+
+    value = info_nce(query, key, reduction="none", **options)
+    same(value, torch.logaddexp(margin(), torch.zeros(5, dtype=torch.float64)), inputs)
+    ours = torch.autograd.grad(info_nce(query, key, reduction="sum", **options), inputs)
+    theirs = torch.autograd.grad((torch.sigmoid(margin()).detach() * margin()).sum(), inputs)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+
+
+def test_a_sampled_softmax_without_log_q_of_its_positive_is_unbiased() -> None:
+    """Over all draws of n negatives with probability q, the mean of the sum of exponentials is the full softmax's."""
+    key = torch.randn(4, 3, dtype=torch.float64)
+    query, q = torch.randn(1, 3, dtype=torch.float64), torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
+    total = torch.zeros((), dtype=torch.float64)
+    draws = torch.cartesian_prod(*[torch.arange(3)] * 2)  # two draws from the keys 1, 2, 3; the positive is key 0
+    for draw in draws:
+        keys = torch.cat([torch.zeros(1, dtype=torch.int64), draw + 1])
+        log_q = torch.cat([torch.zeros(1, dtype=torch.float64), (2 * q[draw]).log()])
+        loss = info_nce(query, key[keys], log_q=log_q, symmetric=False, log_q_of_positive=False)
+        total += q[draw].prod() * loss.expm1()  # Σ_neg / e^{s_pos}
+    torch.testing.assert_close(total, cross_entropy(query @ key.T, torch.tensor([0])).expm1())
 
 
 def test_accidental_hits_follow_the_id_of_the_wanted_key() -> None:
