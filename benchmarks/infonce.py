@@ -82,7 +82,9 @@ def _providers(dtype: str, device: str, mode: str, masked: bool, symmetric: bool
         return found
     if mode != "backward":  # its backward uses its buffers up
         found.append(Provider("torch linear_cross_entropy, chunked", _linear))
-        cut = Provider("cut-cross-entropy, torch_compile", _cut, module="cut_cross_entropy", install="cut-cross-entropy")
+        cut = Provider(
+            "cut-cross-entropy, torch_compile", _cut, module="cut_cross_entropy", install="cut-cross-entropy"
+        )
         found.append(cut)
     if symmetric:
         found.append(Provider("open_clip ClipLoss", _open_clip, module="open_clip", install="open-clip-torch"))
@@ -129,9 +131,7 @@ def _ours(given: Inputs, mode: str, dtype: torch.dtype | None = None, workspace_
     options = {n: v.to(wide) if isinstance(v, Tensor) and v.is_floating_point() else v for n, v in options.items()}
 
     def loss() -> Tensor:
-        return info_nce(
-            query, key, target=target, symmetric=target is None, workspace_bytes=workspace_bytes, **options
-        )
+        return info_nce(query, key, target=target, symmetric=target is None, workspace_bytes=workspace_bytes, **options)
 
     return in_mode(loss, leaves, given["grad"].to(wide), mode)
 

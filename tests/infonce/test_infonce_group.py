@@ -1,4 +1,4 @@
-"""`group=`: two gloo processes against one process that holds the whole batch."""
+"""`group=`: two and four gloo processes against one process that holds the whole batch."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmrec_kernels.infonce import info_nce, info_nce_pairs
 
-RANKS = 2
-ROWS, KEYS = (5, 3), (7, 3)
+ROWS, KEYS = (5, 3, 1, 4), (7, 3, 2, 4)  # of up to four ranks
 PER_KEY = ("key", "key_ids", "log_q")
 DIFFERENTIABLE = ("query", "key", "scale", "log_q", "weight")
 
 
-def batch(rows: tuple[int, int], keys: tuple[int, int], *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
+def batch(rows: tuple[int, ...], keys: tuple[int, ...], *, dtype: torch.dtype = torch.float64, seed: int = 0) -> Any:
     """Every argument of each rank, targets and positions counted in the rank's own keys."""
     ranks = []
     for rank, (nq, nk) in enumerate(zip(rows, keys, strict=True)):
@@ -69,8 +68,10 @@ def plain(ranks: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [{"query": r["query"], "key": r["key"]} for r in ranks]
 
 
-def cases() -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
-    full = batch(ROWS, KEYS)
+def cases(count: int) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
+    """The ranks' arguments and the options of each case, for `count` ranks."""
+    rows, keys = ROWS[:count], KEYS[:count]
+    full = batch(rows, keys)
     return {
         "plain": (plain(full), {}),
         "one direction": (plain(full), {"symmetric": False}),
@@ -78,10 +79,11 @@ def cases() -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
         "sum": (full, {"reduction": "sum"}),
         "none": (full, {"reduction": "none", "label_smoothing": 0.2}),
         "recomputed": (full, {"workspace_bytes": 64}),
-        "an empty rank": (batch((4, 0), (6, 0)), {}),
-        "a rank with keys only": (batch((0, 4), (3, 5), seed=3), {}),
-        "a rank with rows only": (batch((4, 3), (6, 0), seed=4), {}),
-        "bfloat16": (plain(batch(ROWS, KEYS, dtype=torch.bfloat16)), {}),
+        "an empty rank": (batch((rows[0], 0, *rows[2:]), (keys[0], 0, *keys[2:])), {}),
+        "a rank with keys only": (batch((0, *rows[1:]), keys, seed=3), {}),
+        "a rank with rows only": (batch(rows, (keys[0], 0, *keys[2:]), seed=4), {}),
+        "a positive without log_q": (full, {"log_q_of_positive": False}),
+        "bfloat16": (plain(batch(rows, keys, dtype=torch.bfloat16)), {}),
     }
 
 
@@ -113,7 +115,7 @@ def tower_loss(model: nn.Module, arguments: dict[str, Any], group: Any = None) -
     return info_nce(query, key, scale=scale, normalize=True, group=group, **rest)
 
 
-def pair_arguments(rows: tuple[int, int]) -> list[dict[str, Any]]:
+def pair_arguments(rows: tuple[int, ...]) -> list[dict[str, Any]]:
     ranks = []
     for rank, n in enumerate(rows):
         g = torch.Generator().manual_seed(40 + rank)
@@ -157,34 +159,35 @@ def refused(rank: int, group: Any) -> list[str]:
     return said
 
 
-def process(rank: int, folder: str) -> None:
+def process(rank: int, folder: str, count: int) -> None:
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=RANKS)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     group = dist.group.WORLD
     results: dict[str, Any] = {}
-    for name, (ranks, options) in cases().items():
+    for name, (ranks, options) in cases(count).items():
         results[name] = gradients(ranks[rank], options, group)
     model = DistributedDataParallel(Towers())
-    tower_loss(model, batch(ROWS, KEYS)[rank], group).backward()
+    tower_loss(model, batch(ROWS[:count], KEYS[:count])[rank], group).backward()
     results["towers"] = [p.grad for p in model.module.parameters()]
-    results["pairs"] = pair_gradients(pair_arguments(ROWS)[rank], group)
+    results["pairs"] = pair_gradients(pair_arguments(ROWS[:count])[rank], group)
     results["refused"] = refused(rank, group)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module")
-def processes(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+@pytest.fixture(scope="module", params=[2, 4])
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("group")
-    spawn(process, args=(str(folder),), nprocs=RANKS)
-    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    spawn(process, args=(str(folder), request.param), nprocs=request.param)
+    return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
-@pytest.mark.parametrize("name", list(cases()))
+@pytest.mark.parametrize("name", list(cases(2)))
 def test_losses_stats_and_gradients_equal_those_of_one_process(processes: list[dict[str, Any]], name: str) -> None:
-    ranks, options = cases()[name]
+    count = len(processes)
+    ranks, options = cases(count)[name]
     shares = [p[name] for p in processes]
     whole = gradients(joined(ranks), options)
     mean = options.get("reduction", "mean") == "mean"
@@ -194,26 +197,26 @@ def test_losses_stats_and_gradients_equal_those_of_one_process(processes: list[d
     if options.get("reduction") == "none":
         torch.testing.assert_close(losses, whole["loss"], **tolerance)
     else:
-        torch.testing.assert_close(losses.sum() / (RANKS if mean else 1), whole["loss"], **tolerance)
+        torch.testing.assert_close(losses.sum() / (count if mean else 1), whole["loss"], **tolerance)
     for statistic in ("lse", "positive", "rank", "correct"):
         torch.testing.assert_close(torch.cat([s[statistic] for s in shares]), whole[statistic])
     for tensor in DIFFERENTIABLE:
         if tensor in whole:
-            gathered = torch.cat([s[tensor] for s in shares]) / (RANKS if mean else 1)
+            gathered = torch.cat([s[tensor] for s in shares]) / (count if mean else 1)
             torch.testing.assert_close(gathered, whole[tensor], **tolerance)
 
 
 def test_parameter_and_scale_gradients_under_ddp_equal_those_of_one_process(processes: list[dict[str, Any]]) -> None:
-    model = Towers()
-    tower_loss(model, joined(batch(ROWS, KEYS))).backward()
-    for rank in range(RANKS):
-        for mine, parameter in zip(processes[rank]["towers"], model.parameters(), strict=True):
+    model, count = Towers(), len(processes)
+    tower_loss(model, joined(batch(ROWS[:count], KEYS[:count]))).backward()
+    for results in processes:
+        for mine, parameter in zip(results["towers"], model.parameters(), strict=True):
             assert parameter.grad is not None and parameter.grad.abs().max() > 1e-4
             torch.testing.assert_close(mine, parameter.grad, rtol=1e-11, atol=1e-13)
 
 
 def test_pairs_with_missing_modalities_equal_those_of_one_process(processes: list[dict[str, Any]]) -> None:
-    ranks = pair_arguments(ROWS)
+    ranks = pair_arguments(ROWS[: len(processes)])
     whole = pair_gradients(
         {
             "embeddings": {n: torch.cat([r["embeddings"][n] for r in ranks]) for n in "abc"},
@@ -224,11 +227,11 @@ def test_pairs_with_missing_modalities_equal_those_of_one_process(processes: lis
     loss, *found = zip(*(p["pairs"] for p in processes), strict=True)
     torch.testing.assert_close(torch.stack(loss).mean(), whole[0])
     for mine, other in zip(found, whole[1:], strict=True):
-        torch.testing.assert_close(torch.cat(mine) / RANKS, other)
+        torch.testing.assert_close(torch.cat(mine) / len(processes), other)
 
 
 def test_wrong_or_unlike_arguments_raise_on_every_rank(processes: list[dict[str, Any]]) -> None:
-    first, second = (p["refused"] for p in processes)
+    first, second, *_ = (p["refused"] for p in processes)
     assert first[0] == "group needs valid arguments on every rank, got wrong ones on rank 1"
     assert second[0] == "target must be below the number of keys, 2, got 9"
     assert first[1] == "group needs the same symmetric on every rank, got False on rank 1 and True here"

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from numerics import assert_accurate, errors
 from torch import Tensor
 
 from mmrec_kernels import library, schemas
 from mmrec_kernels.infonce import info_nce, reference
+from numerics import assert_accurate, errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Below, at and above the sizes of tiles (96 x 192), groups, panels and pairs; a width beyond one chain.

@@ -45,7 +45,8 @@ for dtype in (torch.float32, torch.bfloat16, torch.float64):
 from mmrec_kernels import library  # noqa: E402
 
 served = {p.op: p.name for p in library.providers() if p.device == "cpu"}
-assert served["_retrieval_topk"] == "compiled", served
+for op in ("_retrieval_topk", "_infonce_forward", "_infonce_backward"):
+    assert served[op] == "compiled", served
 for module in ("transformers", "peft", "bitsandbytes", "triton", "polars"):
     assert module not in sys.modules, module
 import mmrec_kernels.benchmarks  # noqa: E402, F401
