@@ -1,7 +1,7 @@
-"""`info_nce` beside cross-entropy over a matrix of logits, eager, compiled and chunked, and beside other libraries' losses.
+"""`info_nce` beside cross-entropy over a matrix of logits, eager, compiled and chunked, and other libraries' losses.
 
-`keys = queries`, symmetric, as in contrastive alignment; more keys than queries, one direction, as in the full softmax of
-a recommender over its catalogue; `masked`: the symmetric loss with accidental hits by id, logQ and a temperature per row.
+`keys = queries`, symmetric, as in contrastive alignment; more keys than queries, one direction, as in the full softmax
+of a recommender over its catalogue; `masked`: symmetric, with accidental hits by id, logQ and a temperature per row.
 """
 
 from __future__ import annotations
@@ -82,10 +82,8 @@ def _providers(dtype: str, device: str, mode: str, masked: bool, symmetric: bool
         return found
     if mode != "backward":  # its backward uses its buffers up
         found.append(Provider("torch linear_cross_entropy, chunked", _linear))
-        cut = Provider(
-            "cut-cross-entropy, torch_compile", _cut, module="cut_cross_entropy", install="cut-cross-entropy"
-        )
-        found.append(cut)
+        cut = "cut-cross-entropy, torch_compile" if device == "cpu" else "cut-cross-entropy, cce_exact"
+        found.append(Provider(cut, _cut, module="cut_cross_entropy", install="cut-cross-entropy"))
     if symmetric:
         found.append(Provider("open_clip ClipLoss", _open_clip, module="open_clip", install="open-clip-torch"))
         found.append(

@@ -231,31 +231,28 @@ bool Problem<T>::is_finite(const Matrix& matrix, int64_t row) const {
 }
 
 template <typename T>
-std::vector<uint8_t> Problem<T>::alive_rows() const {
-  std::vector<uint8_t> alive(static_cast<size_t>(query.rows));
-  for_each_range(query.rows, 64, [&](int64_t begin, int64_t end) {
+template <typename IsRead, typename Keeps>
+std::vector<uint8_t> Problem<T>::alive(const Matrix& side, int64_t others, const IsRead& read, const Keeps& keeps) const {
+  std::vector<uint8_t> found(static_cast<size_t>(side.rows));
+  for_each_range(side.rows, 64, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      alive[i] = is_read(i);
-      if (!alive[i] || !sparse() || is_finite(query, i)) continue;
-      alive[i] = 0;
-      for (int64_t j = 0; j < key.rows && alive[i] == 0; ++j) alive[i] = keeps(i, j);
+      found[i] = read(i);
+      if (!found[i] || !sparse() || is_finite(side, i)) continue;
+      found[i] = 0;
+      for (int64_t j = 0; j < others && found[i] == 0; ++j) found[i] = keeps(i, j);
     }
   });
-  return alive;
+  return found;
+}
+
+template <typename T>
+std::vector<uint8_t> Problem<T>::alive_rows() const {
+  return alive(query, key.rows, [&](int64_t i) { return is_read(i); }, [&](int64_t i, int64_t j) { return keeps(i, j); });
 }
 
 template <typename T>
 std::vector<uint8_t> Problem<T>::alive_keys() const {
-  std::vector<uint8_t> alive(static_cast<size_t>(key.rows));
-  for_each_range(key.rows, 64, [&](int64_t begin, int64_t end) {
-    for (int64_t j = begin; j < end; ++j) {
-      alive[j] = key_is_read(j);
-      if (!alive[j] || !sparse() || is_finite(key, j)) continue;
-      alive[j] = 0;
-      for (int64_t i = 0; i < query.rows && alive[j] == 0; ++i) alive[j] = keeps(i, j);
-    }
-  });
-  return alive;
+  return alive(key, query.rows, [&](int64_t j) { return key_is_read(j); }, [&](int64_t j, int64_t i) { return keeps(i, j); });
 }
 
 template <typename T>

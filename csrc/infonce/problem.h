@@ -80,6 +80,8 @@ class Problem {
   void find_excluded(const Arguments& arguments);
   void find_factors(const Arguments& arguments);
   bool keeps(int64_t row, int64_t column) const;
+  template <typename IsRead, typename Keeps>
+  std::vector<uint8_t> alive(const Matrix& side, int64_t others, const IsRead& read, const Keeps& keeps) const;
   bool is_read(int64_t row) const { return row_read_.empty() || row_read_[row] != 0; }
   bool key_is_read(int64_t column) const { return (key_bits_[column / 64] >> (column % 64) & 1) != 0; }
   bool sparse() const { return logits.query_ids != nullptr || logits.excluded_offsets != nullptr; }

@@ -98,7 +98,7 @@ def test_everything_at_once_equals_the_reference_in_float64(
 
     use_reference(monkeypatch)
     exact, exact_stats = run(query.double(), key.double(), **widened(options))
-    # What is rounded to bfloat16 (exponentials, weights, gradients) may be off by its last bit; all else is float32 or better.
+    # What is rounded to bfloat16 (exponentials, weights, gradients) may be off by its last bit; the rest is float32.
     limit = {torch.float32: 3e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps, torch.float64: 1e-12}[dtype]
     for name, tensor in ours.items():
         assert max(errors(tensor, exact[name])) <= (3e-6 if name == "value" else limit), name
@@ -123,8 +123,8 @@ def test_keys_far_below_the_highest_logit_of_their_tile_lose_nothing(dtype: torc
     query[100:140, :] = -query[100:140, :].abs()
     key[100:140, :] = key[100:140, :].abs()
     options = {"workspace_bytes": workspace_bytes, "scale": torch.tensor(1.0, dtype=dtype)}
-    saved = schemas.infonce_forward(query, key, torch.ones(1, dtype=dtype), *[None] * 8, True, False, False, False, True,
-                                    2**30)[5]  # fmt: skip
+    scale, flags = torch.ones(1, dtype=dtype), (True, False, False, False, True)
+    saved = schemas.infonce_forward(query, key, scale, *[None] * 8, *flags, 2**30)[5]
     assert saved[-dtype.itemsize :].view(dtype).item() == 0  # the mark of a tile: not exact for both directions
     ours, _ = run(query, key, **options)
     exact, _ = run(query.double(), key.double(), **widened(options))

@@ -19,7 +19,7 @@ INTERPRETED = ("retrieval",)  # the ops that have Triton kernels
 
 def run_pytest(folders: tuple[str, ...], **environment: str) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{f}" for f in folders)]
-    # What takes minutes and does not depend on the environment: the ahead-of-time tables, process groups, torch.compile.
+    # Ahead-of-time tables, process groups and torch.compile take minutes and do not depend on the environment.
     command += ["-k", "not ahead_of_time and not processes and not compiles"]
     done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]

@@ -81,10 +81,10 @@ class ClipLoss(nn.Module):
     """The contrastive loss of CLIP (Radford et al., 2021) in the place of `open_clip.ClipLoss`.
 
     Args:
-        local_loss: with several ranks, a rank returns the loss of its own rows; otherwise that of all rows. The gradients
-            of parameters, averaged over ranks as DDP does, are those of the whole batch either way.
-        gather_with_grad: must be True with several ranks. OpenCLIP's False drops the part of the gradient that reaches a
-            feature through the other ranks' rows.
+        local_loss: with several ranks, a rank returns the loss of its own rows; otherwise that of all rows. The
+            gradients of parameters, averaged over ranks as DDP does, are those of the whole batch either way.
+        gather_with_grad: must be True with several ranks. OpenCLIP's False drops the part of the gradient that reaches
+            a feature through the other ranks' rows.
         cache_labels: accepted, and without effect: there are no labels to cache.
         rank, world_size: as in `torch.distributed`. With world_size > 1 the default process group is used.
         use_horovod: must be False.
@@ -153,8 +153,8 @@ class MultipleNegativesRankingLoss(nn.Module):
     """In-batch negatives in the place of sentence-transformers' class of this name (Henderson et al., 2017).
 
     Args:
-        model: maps the features of a column of texts to `{"sentence_embedding": [N, D]}`, as a SentenceTransformer does.
-            :meth:`compute_loss_from_embeddings` does without it.
+        model: maps the features of a column of texts to `{"sentence_embedding": [N, D]}`, as a SentenceTransformer
+            does. :meth:`compute_loss_from_embeddings` does without it.
         scale: the inverse temperature.
         similarity_fct: "cos_sim" or "dot_score", or sentence-transformers' functions of these names; None is cos_sim.
         gather_across_devices: negatives from every rank of the default process group.
