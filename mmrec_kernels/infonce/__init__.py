@@ -233,5 +233,17 @@ def _loss_over(group: ProcessGroup | None) -> Callable[..., tuple[Tensor, InfoNC
     return over(group)
 
 
-library.announce("_infonce_forward", reference=reference.forward)
-library.announce("_infonce_backward", reference=reference.backward)
+def _triton_forward() -> Callable[..., tuple[Tensor, ...]]:
+    from . import triton
+
+    return triton.forward
+
+
+def _triton_backward() -> Callable[..., tuple[Tensor, ...]]:
+    from . import triton
+
+    return triton.backward
+
+
+library.announce("_infonce_forward", reference=reference.forward, triton=_triton_forward)
+library.announce("_infonce_backward", reference=reference.backward, triton=_triton_backward)

@@ -66,7 +66,9 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *problem, need_mean, need_rank, workspace_bytes = args
-        *outputs, saved = library.call(schemas.infonce_forward, *problem, need_mean, need_rank, True, workspace_bytes)
+        # On a GPU writing and reading the exponentials costs as much as making them again.
+        save = not problem[0].is_cuda
+        *outputs, saved = library.call(schemas.infonce_forward, *problem, need_mean, need_rank, save, workspace_bytes)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[4])
         ctx.save_for_backward(*problem[:11], outputs[1], outputs[2], saved)

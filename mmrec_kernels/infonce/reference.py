@@ -170,10 +170,10 @@ def backward(
         grad_scale = (p.query * u).sum(1)
         if scale.shape[0] != rows:
             grad_scale = grad_scale.sum(0, keepdim=True)
-        grad_query = _through_norm(p.scale[:, None] * u, p.query, p.query_norm, query.dtype)
+        grad_query = through_norm(p.scale[:, None] * u, p.query, p.query_norm, query.dtype)
         return (
             grad_query if need_query else query.new_empty(0),
-            _through_norm(grad_key, p.key, p.key_norm, key.dtype) if need_key else key.new_empty(0),
+            through_norm(grad_key, p.key, p.key_norm, key.dtype) if need_key else key.new_empty(0),
             grad_scale if need_scale else u.new_empty(0),
             grad_log_q if need_log_q else u.new_empty(0),
         )
@@ -204,20 +204,10 @@ def _problem(
     rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
     check_contents(columns, target, exclude_offsets, exclude_positions)
     everyone_has_a_term = target is None and query_mask is None and key_mask is None
-    if target is None:
-        target = torch.arange(rows, device=query.device)
-    has_term = (target >= 0) & (target < columns)
-    if query_mask is not None:
-        has_term = has_term & query_mask
-    if key_mask is not None and columns:
-        has_term = has_term & key_mask[target.clamp(0, columns - 1)]
+    target, has_term, read, key_read = find_terms(query, columns, target, query_mask, key_mask, symmetric)
     target = torch.where(has_term, target, 0)
     query, key, scale, row_mask = query.to(dtype), key.to(dtype), scale.to(dtype), None
     if not everyone_has_a_term:
-        # Columns may have their targets among other rows than these (`group=`): in both directions all rows are read.
-        read = torch.ones_like(has_term) if symmetric else has_term
-        read = read if query_mask is None else read & query_mask
-        key_read = read.any().expand(columns) if key_mask is None else read.any() & key_mask
         query, key = torch.where(read[:, None], query, 0.0), torch.where(key_read[:, None], key, 0.0)
         scale = torch.where(read, scale, 0.0) if scale.shape[0] == rows else scale
         # Without single pairs left out, a zero query is harmless, and one pass over the logits is saved.
@@ -225,17 +215,45 @@ def _problem(
     query, query_norm = _unit(query) if normalize else (query, None)
     key, key_norm = _unit(key) if normalize else (key, None)
     if key_ids is not None:
-        if query_ids is None:
-            query_ids = torch.where(has_term, key_ids[target], -1) if columns else torch.full_like(target, -1)
-        query_ids = torch.where(query_ids >= 0, query_ids, -1)
-        key_ids = torch.where(key_ids >= 0, key_ids, -2)
+        query_ids, key_ids = comparable_ids(query_ids, key_ids, target, has_term)
     excluded = None
     if exclude_offsets is not None and exclude_positions is not None:
-        excluded = _pairs(exclude_offsets, exclude_positions, rows, columns)
+        excluded = listed_pairs(exclude_offsets, exclude_positions, rows, columns)
     return _Problem(
         query, key, query_norm, key_norm, scale, query * scale[:, None], None if log_q is None else log_q.to(dtype),
         target, has_term, row_mask, key_mask, query_ids, key_ids, excluded,
     )  # fmt: skip
+
+
+def find_terms(
+    query: Tensor,
+    columns: int,
+    target: Tensor | None,
+    query_mask: Tensor | None,
+    key_mask: Tensor | None,
+    symmetric: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """(target, which rows have a term, which rows are read, which keys are): int64 [Nq], bool [Nq], [Nq], [Nk]."""
+    if target is None:
+        target = torch.arange(query.shape[0], device=query.device)
+    has_term = (target >= 0) & (target < columns)
+    if query_mask is not None:
+        has_term = has_term & query_mask
+    if key_mask is not None and columns:
+        has_term = has_term & key_mask[target.clamp(0, columns - 1)]
+    # Columns may have their targets among other rows than these (`group=`): in both directions all rows are read.
+    read = torch.ones_like(has_term) if symmetric else has_term
+    read = read if query_mask is None else read & query_mask
+    return target, has_term, read, read.any().expand(columns) if key_mask is None else read.any() & key_mask
+
+
+def comparable_ids(
+    query_ids: Tensor | None, key_ids: Tensor, target: Tensor, has_term: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Ids of rows and keys where "none" never matches. `target` lies inside the keys."""
+    if query_ids is None:
+        query_ids = torch.where(has_term, key_ids[target], -1) if key_ids.shape[0] else torch.full_like(target, -1)
+    return torch.where(query_ids >= 0, query_ids, -1), torch.where(key_ids >= 0, key_ids, -2)
 
 
 def check_contents(columns: int, target: Tensor | None, offsets: Tensor | None, positions: Tensor | None) -> None:
@@ -252,7 +270,7 @@ def check_contents(columns: int, target: Tensor | None, offsets: Tensor | None, 
             raise ValueError(f"exclude[1] must be below the number of keys, {columns}, got {int(used.max())}")
 
 
-def _pairs(offsets: Tensor, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+def listed_pairs(offsets: Tensor, positions: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
     """The (row, key) of each listed pair; row −1 where there is none. Free of host synchronisation."""
     entries = torch.arange(positions.shape[0], device=positions.device)
     row = torch.searchsorted(offsets.contiguous(), entries, right=True) - 1
@@ -324,7 +342,7 @@ def _unit(x: Tensor) -> tuple[Tensor, Tensor]:
     return x / norm.clamp_min(NORM_EPS), norm
 
 
-def _through_norm(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
+def through_norm(grad: Tensor, unit: Tensor, norm: Tensor | None, dtype: torch.dtype) -> Tensor:
     """The gradient of x from that of x / max(‖x‖, ε), rounded once to `dtype`; zero rows get 0."""
     if norm is not None:
         radial = (unit * grad).sum(1, keepdim=True) * unit
