@@ -28,9 +28,9 @@ Shape = tuple[int, int, int, bool]
 SHAPES: dict[str, tuple[Shape, ...]] = {
     "small": ((256, 256, 32, False), (256, 256, 32, True), (64, 1000, 32, False)),
     "full": (
-        *((n, n, width, False) for n in _SQUARE for width in _WIDTHS),
-        *((4096, 4096, width, True) for width in _WIDTHS),
         (512, 12_000, 64, False),
+        *((4096, 4096, width, True) for width in _WIDTHS),
+        *((n, n, width, False) for n in _SQUARE for width in _WIDTHS),
     ),
 }  # queries, keys, width, masked
 
@@ -69,7 +69,7 @@ def _providers(dtype: str, device: str, mode: str, masked: bool, symmetric: bool
     name = our_name("_infonce_forward", device)
     found = [Provider(name, _ours, ours=True)]
     if mode != "forward":
-        found.append(Provider(f"{name}, in a workspace of 1 byte", _ours_again, ours=True))
+        found.append(Provider(f"{name}, exponentials made again", _ours_again, ours=True))
     found += [
         Provider("torch cross_entropy over logits", _over_logits(None)),
         Provider("torch.compile of cross_entropy over logits", _over_logits(None, compiled=True)),
@@ -135,7 +135,9 @@ def _ours(given: Inputs, mode: str, dtype: torch.dtype | None = None, workspace_
 
 
 def _ours_again(given: Inputs, mode: str) -> Call:
-    return _ours(given, mode, workspace_bytes=1)
+    """In a sixteenth of the memory that keeping them takes."""
+    query = given["query"]
+    return _ours(given, mode, workspace_bytes=query.shape[0] * given["key"].shape[0] * query.element_size() // 16)
 
 
 def _target(given: Inputs) -> Tensor:

@@ -313,7 +313,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward_as(const Arguments& argument
 
   // Smaller parts where there are few tiles for the threads; a row's and a key's bits do not depend on its part.
   const int64_t threads = torch::stable::get_num_threads();
-  const int64_t row_part = row_tiles >= 4 * threads ? kTileRows : row_tiles >= 2 * threads ? kTileRows / 2 : kTileRows / 4;
+  const int64_t in_chunk = divide_up(chunk_rows, kTileRows);
+  const int64_t row_part = in_chunk >= 4 * threads ? kTileRows : in_chunk >= 2 * threads ? kTileRows / 2 : kTileRows / 4;
   const int64_t column_part = column_tiles >= 4 * threads ? kTileColumns : kTileColumns / 2;
   struct RowState {
     std::unique_ptr<Scratch<T>> scratch;
