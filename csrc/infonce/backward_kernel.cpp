@@ -99,13 +99,12 @@ struct MadeTile {
   const Backward<T>& task;
   const Place& place;
   const Scratch<T>& scratch;
-  bool masked;
 
   MMREC_INLINE MadeRow<kGeneral, T> operator()(int64_t i) const {
     const int64_t r = place.row + i;
     const Slopes<T>& slopes = task.slopes;
     return {task.logits, slopes, LogitRow<kGeneral, T>(task.logits, r), scratch.tile + i * kTileStride,
-            masked ? scratch.bits + i * kBitWords : nullptr, place.column, broadcast(slopes.row_slope[r]),
+            scratch.masked[i] ? scratch.bits + i * kBitWords : nullptr, place.column, broadcast(slopes.row_slope[r]),
             broadcast(-slopes.row_ref[r]), broadcast(slopes.mean_slope != nullptr ? slopes.mean_slope[r] : T(0))};
   }
 };
@@ -173,12 +172,12 @@ MMREC_INLINE void with_weights(const Backward<T>& task, const Place& at, int64_t
     write(KeptTile<typename Kind::Raw, T>(task, at, column_tile, scratch));
     return;
   }
-  const bool masked = kept_pairs(task.logits, at, scratch.bits);
+  kept_pairs(task.logits, at, scratch);
   dot_products<typename Kind::Dot>(task.logits, at, scratch.tile);
   if (task.logits.kappa != nullptr) {
-    write(MadeTile<true, T>{task, at, scratch, masked});
+    write(MadeTile<true, T>{task, at, scratch});
   } else {
-    write(MadeTile<false, T>{task, at, scratch, masked});
+    write(MadeTile<false, T>{task, at, scratch});
   }
 }
 
@@ -334,10 +333,10 @@ void count_kept(const Logits<T>& logits, int64_t row_tile, Scratch<T>& scratch, 
   const int64_t tiles = (logits.columns + kTileColumns - 1) / kTileColumns;
   for (int64_t j = 0; j < tiles; ++j) {
     const Place at(logits, row_tile, j);
-    const bool masked = kept_pairs(logits, at, scratch.bits);
+    kept_pairs(logits, at, scratch);
     for (int64_t i = 0; i < at.rows; ++i) {
-      int64_t here = masked ? 0 : at.columns;
-      for (int64_t w = 0; masked && w < kBitWords; ++w) here += __builtin_popcountll(scratch.bits[i * kBitWords + w]);
+      int64_t here = 0;
+      for (int64_t w = 0; w < kBitWords; ++w) here += __builtin_popcountll(scratch.bits[i * kBitWords + w]);
       kept[i] = (j > 0 ? kept[i] : 0) + here;
     }
   }

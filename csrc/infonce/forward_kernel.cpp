@@ -19,83 +19,96 @@ namespace {
 
 constexpr int kSpread = 60;
 
-// Where a tile's rows and keys have their maxima, rounded up, and how the rows compare with their positives.
-template <typename Dot, bool kMasked, bool kGeneral, typename T>
-void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, Scratch<T>& scratch) {
+// Where a row and its keys have their maxima, and how its logits compare with its positive.
+template <bool kMasked, bool kGeneral, typename T>
+void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, int64_t i, Scratch<T>& scratch) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const V lowest = broadcast(-static_cast<T>(__builtin_huge_val())), zero = broadcast(T(0));
+  const int64_t r = at.row + i;
+  const LogitRow<kGeneral, T> row(logits, r);
+  const uint64_t* const bits = scratch.bits + i * kBitWords;
   T* const column_max = scratch.column[0];
   const bool columns = task.symmetric;
-  for (int64_t c = 0; c < at.padded_columns; c += kLanes) store(column_max + c, lowest);
-  for (int64_t i = 0; i < at.rows; ++i) {
-    const int64_t r = at.row + i;
-    const LogitRow<kGeneral, T> row(logits, r);
-    const uint64_t* const bits = scratch.bits + i * kBitWords;
-    V highest = lowest, total = zero;
-    const V positive = task.rank != nullptr ? broadcast(task.positive[r]) : zero;
-    int64_t above = 0, kept = 0;
-    for (int64_t c = 0; c < at.padded_columns; c += kLanes) {
-      V x = row.less(logits, at.column + c, load(scratch.tile + i * kTileStride + c), zero);
-      if constexpr (kMasked) x = select(lane_bits<kLanes>(bits, c), x, lowest);
-      highest = max(x, highest);
-      if (columns) store(column_max + c, max(x, load(column_max + c)));
-      if (task.rank != nullptr) above += __builtin_popcount(greater(x, positive));
-      if (task.total != nullptr) {
-        if constexpr (kMasked) {
-          kept += __builtin_popcount(lane_bits<kLanes>(bits, c));
-          x = select(lane_bits<kLanes>(bits, c), x, zero);
-        }
-        total = add(total, x);
-      }
-    }
-    const T most = reduce_max(highest);
-    scratch.row[0][i] = most > -__builtin_huge_val() ? static_cast<T>(__builtin_ceil(most)) : kNothing<T>;
-    if (task.rank != nullptr) task.rank[r] += above;
+  const V positive = task.rank != nullptr ? broadcast(task.positive[r]) : zero;
+  V highest = lowest, total = zero;
+  int64_t above = 0, kept = 0;
+  for (int64_t c = 0; c < at.padded_columns; c += kLanes) {
+    V x = row.less(logits, at.column + c, load(scratch.tile + i * kTileStride + c), zero);
+    if constexpr (kMasked) x = select(lane_bits<kLanes>(bits, c), x, lowest);
+    highest = max(x, highest);
+    if (columns) store(column_max + c, max(x, load(column_max + c)));
+    if (task.rank != nullptr) above += __builtin_popcount(greater(x, positive));
     if (task.total != nullptr) {
-      task.total[r] += static_cast<double>(reduce_add(total));
-      task.kept[r] += kMasked ? kept : at.columns;
+      if constexpr (kMasked) {
+        kept += __builtin_popcount(lane_bits<kLanes>(bits, c));
+        x = select(lane_bits<kLanes>(bits, c), x, zero);
+      }
+      total = add(total, x);
     }
+  }
+  const T most = reduce_max(highest);
+  scratch.row[0][i] = most > -__builtin_huge_val() ? static_cast<T>(__builtin_ceil(most)) : kNothing<T>;
+  if (task.rank != nullptr) task.rank[r] += above;
+  if (task.total != nullptr) {
+    task.total[r] += static_cast<double>(reduce_add(total));
+    task.kept[r] += kMasked ? kept : at.columns;
   }
 }
 
 enum class Direction { kRows, kBothShared, kBothOwn };
 
-// Exponentials and their sums: of rows into row[1], of keys into column[1] with the reference(s) in column[2].
-template <typename Kind, bool kMasked, bool kGeneral, Direction direction, typename T>
-void sum_exponentials(const Logits<T>& logits, const Place& at, T highest_ref, typename Kind::Raw* keep,
-                      Scratch<T>& scratch) {
+// A row's exponentials and their sum, into row[1], and those of its keys, added to column[1] with the references in column[2].
+template <typename Raw, bool kMasked, bool kGeneral, Direction direction, typename T>
+void sum_exponentials(const Logits<T>& logits, const Place& at, int64_t i, T highest_ref, Raw* keep, Scratch<T>& scratch) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const V zero = broadcast(T(0));
   T* const column_sum = scratch.column[1];
   const T* const column_ref = scratch.column[2];
-  for (int64_t c = 0; c < at.padded_columns; c += kLanes) store(column_sum + c, zero);
-  for (int64_t i = 0; i < at.rows; ++i) {
-    const LogitRow<kGeneral, T> row(logits, at.row + i);
-    const uint64_t* const bits = scratch.bits + i * kBitWords;
-    const T* const dots = scratch.tile + i * kTileStride;
-    const T ref = scratch.row[0][i];
-    const V minus_ref = broadcast(-ref);
-    V shift = zero;
-    if constexpr (direction == Direction::kBothShared) shift = exp2<T>(broadcast(ref - highest_ref));
-    V sum = zero;
-    for (int64_t c = 0; c < at.padded_columns; c += kLanes) {
-      const V dot = load(dots + c);
-      V e = exp2<T>(row.less(logits, at.column + c, dot, minus_ref));
-      if constexpr (kMasked) e = select(lane_bits<kLanes>(bits, c), e, zero);
-      sum = add(sum, e);
-      if constexpr (direction == Direction::kBothShared) {
-        store(column_sum + c, fma(e, shift, load(column_sum + c)));
-      }
-      if constexpr (direction == Direction::kBothOwn) {
-        V own = exp2<T>(row.less(logits, at.column + c, dot, sub(zero, load(column_ref + c))));
-        if constexpr (kMasked) own = select(lane_bits<kLanes>(bits, c), own, zero);
-        store(column_sum + c, add(own, load(column_sum + c)));
-      }
-      if (keep != nullptr) store(keep + i * at.padded_columns + c, e);
+  const LogitRow<kGeneral, T> row(logits, at.row + i);
+  const uint64_t* const bits = scratch.bits + i * kBitWords;
+  const T* const dots = scratch.tile + i * kTileStride;
+  const T ref = scratch.row[0][i];
+  const V minus_ref = broadcast(-ref);
+  V shift = zero;
+  if constexpr (direction == Direction::kBothShared) shift = exp2<T>(broadcast(ref - highest_ref));
+  V sum = zero;
+  for (int64_t c = 0; c < at.padded_columns; c += kLanes) {
+    const V dot = load(dots + c);
+    V e = exp2<T>(row.less(logits, at.column + c, dot, minus_ref));
+    if constexpr (kMasked) e = select(lane_bits<kLanes>(bits, c), e, zero);
+    sum = add(sum, e);
+    if constexpr (direction == Direction::kBothShared) {
+      store(column_sum + c, fma(e, shift, load(column_sum + c)));
     }
-    scratch.row[1][i] = reduce_add(sum);
+    if constexpr (direction == Direction::kBothOwn) {
+      V own = exp2<T>(row.less(logits, at.column + c, dot, sub(zero, load(column_ref + c))));
+      if constexpr (kMasked) own = select(lane_bits<kLanes>(bits, c), own, zero);
+      store(column_sum + c, add(own, load(column_sum + c)));
+    }
+    if (keep != nullptr) store(keep + i * at.padded_columns + c, e);
+  }
+  scratch.row[1][i] = reduce_add(sum);
+}
+
+// The same for all rows of a tile.
+template <bool kGeneral, typename T>
+void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, Scratch<T>& scratch) {
+  const auto lowest = broadcast(-static_cast<T>(__builtin_huge_val()));
+  for (int64_t c = 0; c < at.padded_columns; c += Vec<T>::kLanes) store(scratch.column[0] + c, lowest);
+  for (int64_t i = 0; i < at.rows; ++i) {
+    scratch.masked[i] ? find_maxima<true, kGeneral>(logits, task, at, i, scratch)
+                      : find_maxima<false, kGeneral>(logits, task, at, i, scratch);
+  }
+}
+
+template <bool kGeneral, Direction direction, typename Raw, typename T>
+void sum_exponentials(const Logits<T>& logits, const Place& at, T highest_ref, Raw* keep, Scratch<T>& scratch) {
+  std::memset(scratch.column[1], 0, sizeof(T) * kTileColumns);
+  for (int64_t i = 0; i < at.rows; ++i) {
+    scratch.masked[i] ? sum_exponentials<Raw, true, kGeneral, direction>(logits, at, i, highest_ref, keep, scratch)
+                      : sum_exponentials<Raw, false, kGeneral, direction>(logits, at, i, highest_ref, keep, scratch);
   }
 }
 
@@ -115,10 +128,10 @@ void merge(const Partial<T>& into, int64_t first, const T* ref, const T* sum, in
   }
 }
 
-template <typename Kind, bool kMasked, bool kGeneral, typename T>
+template <typename Kind, bool kGeneral, typename T>
 void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, Scratch<T>& scratch) {
   using Stored = typename Kind::Raw;
-  find_maxima<typename Kind::Dot, kMasked, kGeneral>(logits, task, at, scratch);
+  find_maxima<kGeneral>(logits, task, at, scratch);
   Stored* keep = nullptr;
   if (task.keep != nullptr) {
     const Exponentials<T>& kept = *task.keep;
@@ -130,7 +143,7 @@ void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
   for (int64_t i = 0; i < at.rows; ++i) highest = scratch.row[0][i] > highest ? scratch.row[0][i] : highest;
   bool shared = true;
   if (!task.symmetric) {
-    sum_exponentials<Kind, kMasked, kGeneral, Direction::kRows>(logits, at, highest, keep, scratch);
+    sum_exponentials<kGeneral, Direction::kRows>(logits, at, highest, keep, scratch);
   } else {
     for (int64_t c = 0; c < at.columns; ++c) {
       const T most = scratch.column[0][c];
@@ -142,9 +155,9 @@ void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
       refs[c] = shared ? highest : most > -__builtin_huge_val() ? static_cast<T>(__builtin_ceil(most)) : kNothing<T>;
     }
     if (shared) {
-      sum_exponentials<Kind, kMasked, kGeneral, Direction::kBothShared>(logits, at, highest, keep, scratch);
+      sum_exponentials<kGeneral, Direction::kBothShared>(logits, at, highest, keep, scratch);
     } else {
-      sum_exponentials<Kind, kMasked, kGeneral, Direction::kBothOwn>(logits, at, highest, keep, scratch);
+      sum_exponentials<kGeneral, Direction::kBothOwn>(logits, at, highest, keep, scratch);
     }
     if (task.columns.ref != nullptr) merge(task.columns, at.column, refs, scratch.column[1], at.columns);
   }
@@ -159,17 +172,12 @@ void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
 template <typename T>
 void forward(const Logits<T>& logits, const ForwardTile<T>& task, Scratch<T>& scratch) {
   const Place at(logits, task.row_tile, task.column_tile);
-  const bool masked = kept_pairs(logits, at, scratch.bits), general = logits.kappa != nullptr;
+  kept_pairs(logits, at, scratch);
   with_kind<T>(logits.element, [&](auto kind) {
     using Kind = decltype(kind);
     dot_products<typename Kind::Dot>(logits, at, scratch.tile);
-    if (masked) {
-      general ? finish_tile<Kind, true, true>(logits, task, at, scratch)
-              : finish_tile<Kind, true, false>(logits, task, at, scratch);
-    } else {
-      general ? finish_tile<Kind, false, true>(logits, task, at, scratch)
-              : finish_tile<Kind, false, false>(logits, task, at, scratch);
-    }
+    logits.kappa != nullptr ? finish_tile<Kind, true>(logits, task, at, scratch)
+                            : finish_tile<Kind, false>(logits, task, at, scratch);
   });
 }
 

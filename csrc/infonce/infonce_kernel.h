@@ -137,6 +137,7 @@ struct Scratch {
   T tile[kTileRows * kTileStride];     // dots
   T weights[kTileRows * kTileStride];  // or pairs of bfloat16
   uint64_t bits[kTileRows * kBitWords];
+  uint8_t masked[kTileRows];  // whether a row leaves anything out
   T column[4][kTileColumns];
   T row[2][kTileRows];
 };

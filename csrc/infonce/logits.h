@@ -1,6 +1,8 @@
 // A tile of logits: which of its pairs are kept, its dot products, and what a dot product is as a logit.
 #pragma once
 
+#include <type_traits>
+
 #include "../common/gemm.h"
 #include "infonce_kernel.h"
 
@@ -100,27 +102,35 @@ struct LogitRow {
 // Lane i of a vector of kLanes: bit i.
 template <int kLanes>
 MMREC_INLINE uint32_t lane_bits(const uint64_t* bits, int64_t column) {
+#if __BYTE_ORDER__ == __ORDER_LITTLE_ENDIAN__
+  if constexpr (kLanes >= 8) {
+    std::conditional_t<kLanes == 8, uint8_t, uint16_t> lanes;
+    std::memcpy(&lanes, reinterpret_cast<const char*>(bits) + column / 8, sizeof(lanes));
+    return lanes;
+  }
+#endif
   return static_cast<uint32_t>(bits[column / 64] >> (column % 64)) & static_cast<uint32_t>((uint64_t{1} << kLanes) - 1);
 }
 
-// Bits of the kept pairs of a tile, kBitWords a row. False: all pairs of all panels are kept, and the bits are not needed.
+// Bits of the kept pairs of a tile, kBitWords a row, and which rows need them: those that leave a pair of the panels out.
 template <typename T>
-bool kept_pairs(const Logits<T>& logits, const Place& at, uint64_t* bits) {
+void kept_pairs(const Logits<T>& logits, const Place& at, Scratch<T>& scratch) {
   const uint64_t* const keys = logits.key_bits + at.column / 64;
   uint64_t whole[kBitWords];
-  bool left_out = false;
+  bool all_leave_out = false;
   for (int64_t w = 0; w < kBitWords; ++w) {
     const int64_t here = at.padded_columns - 64 * w;
     const uint64_t all = here >= 64 ? ~uint64_t{0} : here <= 0 ? 0 : (uint64_t{1} << here) - 1;
     whole[w] = keys[w] & all;
-    left_out |= whole[w] != all;
+    all_leave_out |= whole[w] != all;
   }
   for (int64_t i = 0; i < at.rows; ++i) {
-    uint64_t* const row = bits + i * kBitWords;
+    uint64_t* const row = scratch.bits + i * kBitWords;
     const int64_t r = at.row + i, t = logits.target[r] - at.column;
     const bool read = logits.row_read == nullptr || logits.row_read[r] != 0;
     for (int64_t w = 0; w < kBitWords; ++w) row[w] = read ? whole[w] : 0;
-    left_out |= !read;
+    bool left_out = all_leave_out || !read;
+    scratch.masked[i] = left_out;
     if (!read) continue;
     if (logits.query_ids != nullptr && logits.query_ids[r] >= 0) {
       const int32_t id = logits.query_ids[r];
@@ -153,8 +163,8 @@ bool kept_pairs(const Logits<T>& logits, const Place& at, uint64_t* bits) {
       row[t / 64] &= ~(uint64_t{1} << (t % 64));
       left_out = true;
     }
+    scratch.masked[i] = left_out;
   }
-  return left_out;
 }
 
 }  // namespace
