@@ -99,16 +99,27 @@ def announce(op: str, *, reference: Callable[..., Any], triton: Callable[[], Cal
     _providers[op, "cuda"] = _announce_cuda(op, triton)
 
 
-def _without_autocast(reference: Callable[..., Any]) -> Callable[..., Any]:
+def _without_autocast(provider: Callable[..., Any]) -> Callable[..., Any]:
     """Autocast stays on inside an op written in Python and would round its float32 matmuls to 16 bits."""
 
-    @functools.wraps(reference)
+    @functools.wraps(provider)
     def run(*args: Any) -> Any:
         device = next(a for a in args if isinstance(a, torch.Tensor)).device.type
         if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
-            return reference(*args)
+            return provider(*args)
         with torch.autocast(device, enabled=False):
-            return reference(*args)
+            return provider(*args)
+
+    return run
+
+
+def _on_its_device(launcher: Callable[..., Any]) -> Callable[..., Any]:
+    """Triton launches on the current device and its stream, which need not be those of the tensors."""
+
+    @functools.wraps(launcher)
+    def run(*args: Any) -> Any:
+        with torch.cuda.device(next(a for a in args if isinstance(a, torch.Tensor)).device):
+            return launcher(*args)
 
     return run
 
@@ -122,7 +133,7 @@ def _announce_cuda(op: str, triton: Callable[[], Callable[..., Any]] | None) -> 
         return Provider(op, "cuda", "reference", "triton is not installed")
     if torch.version.cuda is None:
         return Provider(op, "cuda", "triton", "needs a CUDA torch; this one has none")
-    _IMPL.impl(op, triton(), "CUDA")
+    _IMPL.impl(op, _without_autocast(_on_its_device(triton())), "CUDA")
     return Provider(op, "cuda", "triton", "Triton")
 
 

@@ -29,12 +29,17 @@ struct Exp2<double> {
       5.5504108664790368849e-2,  0.24022650695910098034,   0.69314718055994569715,   1.0};
 };
 
-// For x up to 127 (1023). Below the least normal number's exponent the result is that number: never zero, never subnormal.
+// The largest x whose power is finite.
+template <typename T>
+constexpr T kHighestPower = sizeof(T) == 4 ? T(127) : T(1023);
+
+// For x up to kHighestPower (bounded: larger ones are taken for it). Below the least normal number's exponent the result is that number: never zero, never subnormal.
 // NaN stays NaN.
-template <typename T, typename V = Vec<T>>
+template <typename T, bool bounded = false, typename V = Vec<T>>
 MMREC_INLINE V exp2(V x) {
   using Constants = Exp2<T>;
   constexpr int kTerms = sizeof(Constants::kCoefficients) / sizeof(T);
+  if constexpr (bounded) x = sub(broadcast(T(0)), max(broadcast(-kHighestPower<T>), sub(broadcast(T(0)), x)));
   x = max(broadcast(Constants::kLowest), x);
   const V biased = add(x, broadcast(Constants::kRound));
   const V f = sub(x, sub(biased, broadcast(Constants::kRound)));

@@ -52,10 +52,11 @@ struct KeptTile {
     highest = kNothing<T>;
     for (int64_t i = 0; i < at.rows; ++i) highest = refs[i] > highest ? refs[i] : highest;
     for (int64_t c = 0; c < at.padded_columns; c += V::kLanes) {
+      // Bounded: a key that keeps nothing in this tile may have its reference anywhere below.
       V slope = broadcast(T(0));
       if (slopes.column_slope != nullptr) {
         slope = mul(load(slopes.column_slope + at.column + c),
-                    exp2<T>(sub(broadcast(highest), load(slopes.column_ref + at.column + c))));
+                    exp2<T, true>(sub(broadcast(highest), load(slopes.column_ref + at.column + c))));
       }
       store(scratch.column[0] + c, slope);
     }
@@ -85,10 +86,10 @@ struct MadeRow {
 
   MMREC_INLINE V at(int64_t c) const {
     const V zero = broadcast(T(0)), dot = load(dots + c);
-    V w = fma(slope, exp2<T>(row.less(logits, column + c, dot, minus_ref)), mean);
+    V w = fma(slope, exp2<T, true>(row.less(logits, column + c, dot, minus_ref)), mean);
     if (slopes.column_slope != nullptr) {
       const V minus_column_ref = sub(zero, load(slopes.column_ref + column + c));
-      w = fma(load(slopes.column_slope + column + c), exp2<T>(row.less(logits, column + c, dot, minus_column_ref)), w);
+      w = fma(load(slopes.column_slope + column + c), exp2<T, true>(row.less(logits, column + c, dot, minus_column_ref)), w);
     }
     return bits != nullptr ? select(lane_bits<V::kLanes>(bits, c), w, zero) : w;
   }

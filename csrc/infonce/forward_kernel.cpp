@@ -19,6 +19,14 @@ namespace {
 
 constexpr int kSpread = 60;
 
+// The reference of logits up to `most`: whole, and not below any of them, which are computed once with and once without it and
+// round differently where they are huge.
+template <typename T>
+MMREC_INLINE T reference(T most) {
+  constexpr T kSlack = sizeof(T) == 4 ? T(0x1p-22) : T(0x1p-51);
+  return most > -__builtin_huge_val() ? static_cast<T>(__builtin_ceil(most + __builtin_fabs(most) * kSlack)) : kNothing<T>;
+}
+
 // Where a row and its keys have their maxima, and how its logits compare with its positive.
 template <bool kMasked, bool kGeneral, typename T>
 void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, int64_t i, Scratch<T>& scratch) {
@@ -48,7 +56,7 @@ void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
     }
   }
   const T most = reduce_max(highest);
-  scratch.row[0][i] = most > -__builtin_huge_val() ? static_cast<T>(__builtin_ceil(most)) : kNothing<T>;
+  scratch.row[0][i] = reference(most);
   if (task.rank != nullptr) task.rank[r] += above;
   if (task.total != nullptr) {
     task.total[r] += static_cast<double>(reduce_add(total));
@@ -152,7 +160,7 @@ void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
     T* const refs = scratch.column[2];
     for (int64_t c = 0; c < at.padded_columns; ++c) {
       const T most = scratch.column[0][c];
-      refs[c] = shared ? highest : most > -__builtin_huge_val() ? static_cast<T>(__builtin_ceil(most)) : kNothing<T>;
+      refs[c] = shared ? highest : reference(most);
     }
     if (shared) {
       sum_exponentials<kGeneral, Direction::kBothShared>(logits, at, highest, keep, scratch);
@@ -190,6 +198,7 @@ void positives(const Logits<T>& logits, int64_t row_tile, Scratch<T>& scratch, T
     constexpr int64_t kRows = kGroup < kColumns ? kGroup : kColumns;
     const Place at(logits, row_tile, 0);
     T* const panel = scratch.weights;
+    std::memset(scratch.tile, 0, sizeof(scratch.tile));  // what products over no width at all leave
     for (int64_t first = 0, count = 0; first < at.rows; first += count) {
       const int64_t group = first / kGroup * kGroup;
       const T* const queries = logits.query_groups + (at.row + group) * logits.depth;

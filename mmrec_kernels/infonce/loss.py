@@ -126,8 +126,8 @@ def info_nce(
     found = has_term(problem)
     if problem.symmetric and found is not None:
         # No term anywhere: the columns that the op sums have no target either, so nothing of these is read.
-        some = found.any()
-        problem = problem._replace(query=torch.where(some, problem.query, 0.0), key=torch.where(some, problem.key, 0.0))
+        some = found.any().expand(found.shape)
+        problem = problem._replace(query_mask=some if problem.query_mask is None else problem.query_mask & some)
     result = terms(problem, need_mean=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
     losses = row_losses(problem, result, found, label_smoothing, log_q_of_positive)
     weighted, total_weight = weigh(losses, weight, found)

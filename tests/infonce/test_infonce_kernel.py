@@ -216,6 +216,35 @@ def test_empty_sizes(rows: int, keys: int, width: int, dtype: torch.dtype) -> No
     assert value.item() == pytest.approx(expected, rel=1e-6) and stats.lse.shape == (rows,)
 
 
+@pytest.mark.parametrize("height", [88.5, 93.3, 100.0, 500.0])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_key_that_keeps_nothing_in_a_tile_may_lie_anywhere_below_it(dtype: torch.dtype, height: float) -> None:
+    """The last tile of 97 rows is one row, whose own key is its positive and keeps nothing there."""
+    query, key = torch.zeros(97, 2, dtype=dtype), torch.zeros(97, 2, dtype=dtype)
+    query[96, 0], key[:96, 0] = 1, height
+    ours, _ = run(query, key)
+    assert all(tensor.isfinite().all() for tensor in ours.values())
+    exact, _ = run(query.double(), key.double())
+    for name in ("value", "query", "key"):
+        torch.testing.assert_close(ours[name].double(), exact[name], rtol=2e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e5, 1e6, 1e8])
+@pytest.mark.parametrize("workspace_bytes", [2**30, 1])
+def test_logits_up_to_1e16_stay_finite(size: float, workspace_bytes: int) -> None:
+    query, key = torch.randn(30, 4) * size, torch.randn(40, 4) * size
+    ours, stats = run(query, key, workspace_bytes=workspace_bytes)
+    exact, _ = run(query.double(), key.double())
+    assert all(tensor.isfinite().all() for tensor in ours.values()) and stats.lse.isfinite().all()
+    torch.testing.assert_close(ours["value"].double(), exact["value"], rtol=1e-5, atol=1e-5 * size**2)
+
+
+def test_ranks_over_no_width_are_zero() -> None:
+    info_nce(torch.randn(50, 9), torch.randn(50, 9), return_stats=True)  # leaves something in the scratch
+    _, stats = info_nce(torch.zeros(50, 0), torch.zeros(50, 0), return_stats=True)
+    assert not stats.rank.any() and stats.correct.all()
+
+
 def test_the_compiled_kernels_serve_where_they_are_built() -> None:
     if library.cpu_isa() == "none":
         pytest.skip("_C is not built")

@@ -68,6 +68,35 @@ def test_gradients_keep_the_accuracy_of_float32_logits(dtype: torch.dtype, limit
         assert errors(mine, exact)[1] <= limit
 
 
+@pytest.mark.parametrize("scale", [14.3, 30.0, 100.0])
+@pytest.mark.parametrize("noise", [2.0, 1.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_table_of_errors(dtype: torch.dtype, noise: float, scale: float) -> None:
+    """The table of docs/infonce.md: `pytest -s -k table_of_errors` prints its rows. Noise 1 and 0.1 are losses near zero."""
+    query, key = aligned(1024, 256, noise, dtype)
+    exact_query, exact_key = wide(query, key)
+    oracle = info_nce(exact_query, exact_key, scale=scale)
+    exact = torch.autograd.grad(oracle, [exact_query, exact_key])
+
+    def judged(value: Tensor) -> tuple[float, float]:
+        gradients = torch.autograd.grad(value, [query, key])
+        return errors(value, oracle)[1], max(errors(a, b)[1] for a, b in zip(gradients, exact, strict=True))
+
+    loss, gradient = judged(info_nce(query, key, scale=scale))
+    their_loss, their_gradient = judged(eager(query, key, scale=scale))
+    print(
+        f"| {str(dtype)[6:]} | {noise:g} | {scale:g} | {oracle.item():.1e} | {loss:.1e} | {gradient:.1e} |"
+        f" {their_loss:.1e} | {their_gradient:.1e} |"
+    )
+    near_zero = noise < 2
+    if dtype == torch.float32:
+        limit = 2e-7 * scale if near_zero else 2e-6
+        assert max(loss, gradient) <= limit
+    else:
+        # One key makes up the gradient of a row whose loss is 1e-9: its two roundings to bfloat16 do not average out.
+        assert gradient <= (2.3e-3 if not near_zero else torch.finfo(torch.bfloat16).eps) and loss <= 5e-6
+
+
 def test_a_loss_near_zero_is_exact() -> None:
     """1 − p and log-softmax lose everything here; softplus(LSE_neg − s_pos) loses only the rounding of the logits."""
     scale = 60.0

@@ -60,8 +60,9 @@ def test_interpreted_kernels_match_the_oracle(
     from mmrec_kernels.infonce import triton as launchers
 
     if chunked:
-        monkeypatch.setattr(launchers, "OWNER_WIDTH", 8)
+        monkeypatch.setitem(launchers.OWNER_WIDTH, dtype, 8)
         monkeypatch.setattr(launchers, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(launchers, "_MOST_ROW_TILES", 2)
     rows, keys = 37, 70
     query, key = unit(rows, 20, dtype, 1) * 2, unit(keys, 20, dtype, 2)
     options = OPTIONS[case](rows, keys, dtype)
@@ -113,6 +114,48 @@ def test_interpreted_kernels_ignore_what_nobody_reads(normalize: bool) -> None:
 
 @pytest.mark.interpret
 @pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("chunked", [False, True])
+def test_interpreted_kernels_where_neither_row_nor_key_has_a_slope(
+    chunked: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mmrec_kernels.infonce import triton as launchers
+
+    if chunked:
+        monkeypatch.setitem(launchers.OWNER_WIDTH, torch.float32, 4)
+    query, key = unit(64, 8, torch.float32, 1).requires_grad_(), unit(64, 8, torch.float32, 2).requires_grad_()
+    nothing = torch.autograd.grad(0.0 * info_nce(query, key, scale=200.0), [query, key])
+    assert not any(g.any() for g in nothing)
+    weight = torch.cat([torch.zeros(32), torch.ones(32)])
+    padded = torch.autograd.grad(info_nce(query, key, scale=200.0, weight=weight), [query, key])
+    target = torch.cat([torch.arange(32), torch.full((32,), -1)])
+    idle = torch.autograd.grad(info_nce(query, key, scale=200.0, target=target), [query, key])
+    use_reference(monkeypatch)
+    for found, options in ((padded, {"weight": weight}), (idle, {"target": target})):
+        expected = torch.autograd.grad(info_nce(query, key, scale=200.0, **options), [query, key])
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize("chunked", [False, True])
+def test_interpreted_float16_normalizes_short_and_zero_rows(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmrec_kernels.infonce import triton as launchers
+
+    if chunked:
+        monkeypatch.setitem(launchers.OWNER_WIDTH, torch.float16, 4)
+    query, key = unit(32, 8, torch.float16, 1) / 200, unit(32, 8, torch.float16, 2)
+    query[5], key[9] = 0, 0
+    options = {"scale": torch.tensor(50.0), "normalize": True}
+    ours, _ = run(query, key, **options)
+    oracle, _ = exact(monkeypatch, query, key, options)
+    for name, tensor in ours.items():
+        assert max(errors(tensor, oracle[name])) <= 5e-3, name
+    assert not ours["query"][5].any() and not ours["key"][9].any()
+
+
+@pytest.mark.interpret
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("rows, keys", [(0, 5), (3, 0), (1, 1)])
 def test_interpreted_kernels_take_empty_sizes(rows: int, keys: int) -> None:
     query, key = torch.randn(rows, 4).requires_grad_(), torch.randn(keys, 4).requires_grad_()
@@ -126,10 +169,132 @@ def test_interpreted_kernels_take_empty_sizes(rows: int, keys: int) -> None:
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("symmetric", [True, False])
 def test_interpreted_float16_keeps_small_weights(symmetric: bool) -> None:
-    """A gradient of 1e-6 from above, as of a mean over a million rows, comes out as 1e-6 times the plain one."""
-    query, key = (unit(33, 8, torch.float16, seed).requires_grad_() for seed in (1, 2))
+    """A gradient from above as of a mean over a hundred thousand rows: the weights would be below float16's numbers."""
+    query, key = unit(33, 8, torch.float16, 1) / 256, unit(33, 8, torch.float16, 2) * 256
+    query, key = query.requires_grad_(), key.requires_grad_()
     value = info_nce(query, key, scale=5.0, symmetric=symmetric, label_smoothing=0.1)
-    plain = torch.autograd.grad(value, [query, key], retain_graph=True)
-    small = torch.autograd.grad(value, [query, key], torch.tensor(2.0**-9), retain_graph=True)
-    for a, b in zip(plain, small, strict=True):
-        torch.testing.assert_close(a.float() * 2.0**-9, b.float(), rtol=2e-2, atol=1e-6)
+    (plain,) = torch.autograd.grad(value, query, retain_graph=True)
+    (small,) = torch.autograd.grad(value, query, torch.tensor(2.0**-17), retain_graph=True)
+    torch.testing.assert_close(plain.float() * 2.0**-17, small.float(), rtol=1e-2, atol=1e-7)
+
+
+# Sizes of every argument that is no constant; pointers are float32 unless they are listed.
+POINTERS = {
+    "row_read": "*u8", "key_read": "*u8", "target": "*i64", "tile_offsets": "*i64", "query_ids": "*i32",
+    "key_ids": "*i32", "listed_rows": "*i32", "listed_keys": "*i32", "kept": "*i32", "rank": "*i32",
+}  # fmt: skip
+MASKED = ("kappa", "bias", "query_ids", "key_ids", "listed_rows", "listed_keys", "tile_offsets", "log_q")
+UNUSED = ("positive", "total", "kept", "rank", "mean_slope")
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+def compiled(name: str, dtype: str, width: int, masked: bool, capability: int) -> Any:
+    """Resources of a kernel in its shipped configuration; `masked`: norms, logQ, ids and lists."""
+    from aot import compile_for
+    from mmrec_kernels.infonce.triton import block_sizes, kernels
+
+    kernel, blocks = getattr(kernels, f"{name}_kernel"), block_sizes(name, width, DTYPES[dtype])
+    warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
+    flags = ("HAS_KAPPA", "HAS_BIAS", "HAS_IDS", "HAS_EXCLUDE", "NEED_LOG_Q")
+    constants: dict[str, Any] = {
+        **dict.fromkeys(flags, masked), "SYMMETRIC": True, "HAS_MEAN": False, "NEED_MEAN": False, "NEED_RANK": False,
+        "PRECISION": "ieee", "UPCAST": False, **blocks,
+    }  # fmt: skip
+    absent = UNUSED if masked else (*UNUSED, *MASKED)
+    constants |= {f"{pointer}_ptr": None for pointer in absent}
+    constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
+    signature = {}
+    for argument in kernel.arg_names:
+        pointer = argument.removesuffix("_ptr")
+        if argument in constants:
+            continue
+        if argument == pointer:
+            signature[argument] = "i32"
+        elif pointer in ("q", "k") or (pointer == "out" and name == "weights"):
+            signature[argument] = f"*{dtype}"
+        else:
+            signature[argument] = POINTERS.get(pointer, "*fp32")
+    return compile_for(kernel, signature, constants, capability, num_warps=warps, num_stages=stages), warps
+
+
+# Kernel, dtype, width: the widths that take another configuration.
+TABLE = [
+    ("forward", "bf16", 64), ("forward", "fp16", 256), ("forward", "fp32", 64), ("weights", "bf16", 768),
+    ("weights", "fp32", 768), *((f"{side}_sums", "bf16", width) for side in ("query", "key") for width in (64, 128, 256)),
+    ("query_sums", "fp32", 64), ("key_sums", "fp32", 64),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("capability", (80, 90))
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize(("name", "dtype", "width"), TABLE, ids=str)
+def test_compiled_ahead_of_time_within_limits(
+    name: str, dtype: str, width: int, masked: bool, capability: int
+) -> None:
+    used, warps = compiled(name, dtype, width, masked, capability)
+    assert used.stack_bytes <= SPILL_BYTES.get((name, dtype, width, masked), 0)
+    assert used.registers * warps * 32 <= 65536
+    assert used.shared_bytes <= 100 * 1024
+    assert "tf32" not in used.ptx
+    if dtype != "fp32":
+        assert ("wgmma" if capability == 90 else "mma.sync") in used.ptx
+
+
+GPU_SHAPES = [(300, 500, 64, True), (257, 257, 96, True), (1000, 3000, 200, False), (500, 700, 513, True), (4096, 4096, 256, True)]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float16, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("shape", GPU_SHAPES, ids=str)
+def test_gpu_kernels_match_the_oracle(
+    shape: tuple[int, int, int, bool], masked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, keys, width, symmetric = shape
+    query, key = unit(rows, width, dtype, 1), unit(keys, width, dtype, 2)
+    options = {**(everything(rows, keys, dtype) if masked else {"scale": torch.tensor(14.3)}), "symmetric": symmetric}
+
+    def there(value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(x.cuda() for x in value)
+        return value.cuda() if isinstance(value, Tensor) else value
+
+    on_gpu = {name: there(value) for name, value in options.items()}
+    ours, stats = run(query.cuda(), key.cuda(), **on_gpu)
+    again, _ = run(query.cuda(), key.cuda(), **on_gpu)
+    assert all(torch.equal(a, b) for a, b in zip(ours.values(), again.values(), strict=True))
+    oracle, exact_stats = exact(monkeypatch, query, key, options)
+    limit = {torch.float32: 5e-6, torch.float16: 2e-3, torch.bfloat16: torch.finfo(torch.bfloat16).eps}[dtype]
+    for name, tensor in ours.items():
+        assert max(errors(tensor.cpu(), oracle[name])) <= (5e-6 if name == "value" else limit), name
+    torch.testing.assert_close(stats.lse.cpu().double(), exact_stats.lse.double(), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("width", [64, 512])
+def test_gpu_loss_and_gradients_are_captured_in_a_graph(width: int) -> None:
+    query, key = (unit(700, width, torch.bfloat16, seed).cuda().requires_grad_() for seed in (1, 2))
+
+    def step() -> tuple[Tensor, ...]:
+        value = info_nce(query, key, scale=20.0)
+        return (value, *torch.autograd.grad(value, [query, key]))
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        expected = step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+
+
+@pytest.mark.gpu
+def test_gpu_memory_stays_far_below_the_matrix_of_logits() -> None:
+    query, key = (unit(16384, 768, torch.bfloat16, seed).cuda().requires_grad_() for seed in (1, 2))
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    info_nce(query, key, scale=20.0, workspace_bytes=2**26).backward()
+    assert torch.cuda.max_memory_allocated() - before < 16384 * 16384 * 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -40,10 +41,11 @@ def same(ours: Tensor, theirs: Tensor, inputs: list[Tensor]) -> None:
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
 @pytest.mark.parametrize("options", [{}, {"local_loss": True}, {"cache_labels": True}, {"gather_with_grad": True}])
-def test_clip_loss_is_open_clips(options: dict[str, Any]) -> None:
+def test_clip_loss_is_open_clips(options: dict[str, Any], shape: tuple[int, ...]) -> None:
     image, text = features()
-    scale = torch.tensor(14.3, dtype=torch.float64, requires_grad=True)
+    scale = torch.full(shape, 14.3, dtype=torch.float64, requires_grad=True)
     original = open_clip_losses().ClipLoss(**options)
     same(ClipLoss(**options)(image, text, scale), original(image, text, scale), [image, text, scale])
 
@@ -120,6 +122,7 @@ def test_ranking_loss_runs_a_model_over_columns() -> None:
         ({"partition_mode": "both"}, "partition_mode must be"),
         ({"hardness_mode": "all_negatives", "hardness_strength": 1.0}, "hardness_mode must be None"),
         ({"similarity_fct": torch.cdist}, "similarity_fct must be cos_sim or dot_score, got cdist"),
+        ({"similarity_fct": partial(torch.cdist, p=1)}, "similarity_fct must be cos_sim or dot_score, got functools"),
         ({"scale": 0.0}, "scale must be positive"),
     ],
     ids=str,

@@ -22,8 +22,9 @@ __all__ = ["backward", "block_sizes", "forward"]
 
 _LOG2E = 1 / math.log(2)
 _MOST_STRIPS = 32
-# The width up to which both backward kernels keep whole rows in registers.
-OWNER_WIDTH = 256
+_MOST_ROW_TILES = 256
+# The widths up to which both backward kernels keep whole rows in registers.
+OWNER_WIDTH = {torch.float32: 64, torch.bfloat16: 256, torch.float16: 256}
 # Weights of wide rows are made for as many rows at a time as this holds.
 CHUNK_BYTES = 2**28
 
@@ -75,6 +76,11 @@ class _Prepared(NamedTuple):
         """The arguments that all kernels of a tile begin with, up to the ids."""
         return (self.query, self.key, self.sigma, self.kappa, self.bias, self.row_read, self.key_read, self.target,
                 self.query_ids, self.key_ids)  # fmt: skip
+
+    @property
+    def folds(self) -> bool:
+        """Whether the products' weights take the norms: float16's numbers would not hold those of short rows."""
+        return self.key_norm is None or self.query.dtype != torch.float16
 
     @property
     def sizes(self) -> tuple[int, ...]:
@@ -194,18 +200,32 @@ def forward(
         return query.new_empty(shape, dtype=torch.float32)
 
     row_ref, row_sum = floats(strips, rows), floats(strips, rows)
-    column_ref, column_sum = (floats(row_tiles, columns) if symmetric else None for _ in range(2))
+    # Sums of keys over some row tiles at a time, merged before the next ones come.
+    chunk_tiles = min(row_tiles, _MOST_ROW_TILES)
+    chunks = triton.cdiv(row_tiles, chunk_tiles)
+    column_ref, column_sum = (floats(chunk_tiles, columns) if symmetric else None for _ in range(2))
+    merged_ref, merged_sum = (floats(chunks, columns) if symmetric and chunks > 1 else None for _ in range(2))
     total = floats(strips, rows) if need_mean else None
     kept = query.new_empty((strips, rows), dtype=torch.int32) if need_mean else None
     above = query.new_empty((strips, rows), dtype=torch.int32) if need_rank else None
     reference = _rank_references(p, blocks) if need_rank else None
-    kernels.forward_kernel[(row_tiles, strips)](
-        *p.pointers, *p.listed_by_tile(blocks["BLOCK_M"], blocks["BLOCK_N"]), reference, row_ref, row_sum, column_ref,
-        column_sum, total, kept, above, *p.sizes, strip_tiles,
-        SYMMETRIC=symmetric, NEED_MEAN=need_mean, NEED_RANK=need_rank, **p.flags, **blocks,
-    )  # fmt: skip
+    listed = p.listed_by_tile(blocks["BLOCK_M"], blocks["BLOCK_N"])
+    for c in range(chunks):
+        first = c * chunk_tiles
+        here = min(chunk_tiles, row_tiles - first)
+        kernels.forward_kernel[(here, strips)](
+            *p.pointers, *listed, reference, row_ref, row_sum, column_ref, column_sum, total, kept, above, first,
+            *p.sizes, strip_tiles,
+            SYMMETRIC=symmetric, NEED_MEAN=need_mean, NEED_RANK=need_rank, **p.flags, **blocks,
+        )  # fmt: skip
+        if merged_ref is not None and merged_sum is not None:
+            kernels.merge_kernel[(triton.cdiv(columns, 128),)](
+                column_ref, column_sum, merged_ref[c], merged_sum[c], columns, here, BLOCK=128
+            )
     _combine(row_ref, row_sum, row_lse)
     row_lse.masked_fill_(~p.has_term, -torch.inf)
+    if merged_ref is not None and merged_sum is not None:
+        column_ref, column_sum = merged_ref, merged_sum
     if column_ref is not None and column_sum is not None:
         _combine(column_ref, column_sum, column_lse)
     if total is not None and kept is not None:
@@ -288,8 +308,8 @@ def backward(
     empty = query.new_empty(0, dtype=torch.float32)
     u = key_sums = log_q_sums = empty
     if rows and columns:
-        sums = _owner_sums if width <= OWNER_WIDTH else _chunk_sums
-        slopes, size = _in_range(slopes, query.dtype)
+        sums = _owner_sums if width <= OWNER_WIDTH[query.dtype] else _chunk_sums
+        slopes, size = _in_range(slopes, row_factor if p.folds else None, query.dtype)
         u, key_sums, log_q_sums = (
             found if size is None else found * size
             for found in sums(p, slopes, row_factor, need_query or need_scale, need_key, need_log_q, workspace_bytes)
@@ -310,13 +330,18 @@ def backward(
     return grad_query, grad_key, grad_scale, grad_log_q
 
 
-def _in_range(slopes: tuple[Tensor | None, ...], dtype: torch.dtype) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-    """Slopes of up to 1, and their size: a mean over a large batch would make weights too small for float16."""
+def _in_range(
+    slopes: tuple[Tensor | None, ...], row_factor: Tensor | None, dtype: torch.dtype
+) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
+    """Slopes whose weights, times the factor that they take, fill float16's numbers up to 2¹²; and by how much they were
+    divided. A mean over a large batch would make them too small, and so does a large catalogue."""
     if dtype != torch.float16:
         return slopes, None
     row, row_ref, column, column_ref, mean = slopes
     size = torch.stack([s.abs().amax() for s in (row, column, mean) if s is not None]).amax()
-    size = torch.where(size > 0, size, 1.0)
+    size = torch.where(size > 0, size, 1.0) / 2.0**12
+    if row_factor is not None:
+        size = size * row_factor.abs().amax().clamp_min(1.0)
     row, column, mean = (None if s is None else s / size for s in (row, column, mean))
     return (row, row_ref, column, column_ref, mean), size
 
@@ -353,7 +378,7 @@ def _owner_sums(
         p.sigma.new_empty(shape if needed else 0)
         for shape, needed in (((rows, width), need_rows), ((columns, width), need_keys or need_log_q), (columns, need_log_q))
     )
-    flags = {"SYMMETRIC": slopes[2] is not None, "HAS_MEAN": slopes[4] is not None, **p.flags}
+    flags = {"SYMMETRIC": slopes[2] is not None, "HAS_MEAN": slopes[4] is not None, "FOLD": p.folds, **p.flags}
     if need_rows:
         blocks = _blocks("query_sums", width, p.query.dtype)
         kernels.query_sums_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
@@ -382,19 +407,26 @@ def _chunk_sums(
     chunk = p.query.new_empty(step * block_m, columns)
     u = p.sigma.new_empty((rows, width) if need_rows else 0)
     key_sums = p.sigma.new_zeros((columns, width) if need_keys else 0)
-    log_q_sums = p.sigma.new_empty((row_tiles, columns) if need_log_q else 0)
+    log_q_parts = p.sigma.new_empty((step, columns) if need_log_q else 0)
+    log_q_sums = p.scale.new_zeros(columns if need_log_q else 0)
     # The products read what the kernel leaves out as zeros: rows that are not read must be zero, whatever they hold.
     key = torch.where(p.key_read[:, None] != 0, p.key, 0)
+    if p.kappa is not None and not p.folds:
+        key = (key * p.kappa[:, None]).to(key.dtype)
     scaled = (torch.where(p.row_read[:, None] != 0, p.query, 0) * row_factor[:, None]).to(p.query.dtype)
     listed = p.listed_by_tile(block_m, blocks["BLOCK_N"])
     sparse = p.key_ids is not None or p.listed is not None
     for first in range(0, row_tiles, step):
         start, stop = first * block_m, min((first + step) * block_m, rows)
         weights = chunk[: stop - start]
-        kernels.weights_kernel[(min(step, row_tiles - first), column_tiles)](
-            *p.pointers, *listed, *slopes, weights, log_q_sums, first, *p.sizes, weights.stride(0),
-            SYMMETRIC=slopes[2] is not None, HAS_MEAN=slopes[4] is not None, NEED_LOG_Q=need_log_q, **p.flags, **blocks,
+        here = min(step, row_tiles - first)
+        kernels.weights_kernel[(here * column_tiles,)](
+            *p.pointers, *listed, *slopes, weights, log_q_parts, first, here, *p.sizes, weights.stride(0),
+            SYMMETRIC=slopes[2] is not None, HAS_MEAN=slopes[4] is not None, FOLD=p.folds, NEED_LOG_Q=need_log_q,
+            **p.flags, **blocks,
         )  # fmt: skip
+        if need_log_q:
+            log_q_sums += log_q_parts[:here].sum(0, dtype=torch.float64)
         used_key, used_query = key, scaled[start:stop]
         if sparse:  # a side that keeps nothing of this chunk may hold NaN
             used_key = torch.where((weights != 0).any(0)[:, None], key, 0)
@@ -403,9 +435,9 @@ def _chunk_sums(
             u[start:stop] = _product(weights, used_key)
         if need_keys:
             key_sums += _product(weights.T, used_query)
-    if need_keys and p.kappa is not None:
+    if need_keys and p.kappa is not None and p.folds:
         key_sums /= p.kappa[:, None]
-    return u, key_sums, log_q_sums.sum(0, dtype=torch.float64)
+    return u, key_sums, log_q_sums
 
 
 def _product(a: Tensor, b: Tensor) -> Tensor:
@@ -431,7 +463,7 @@ def _finish_rows(
     unit = query if inverse is None else query * _finite_or_one(inverse)
     grad_scale = scale.new_empty(0, dtype=torch.float32)
     if need_scale:
-        slopes = (unit.double() * u).sum(1)
+        slopes = (unit * u).sum(1, dtype=torch.float64)
         grad_scale = (slopes if scale.shape[0] == rows else slopes.sum(0, keepdim=True)).to(torch.float32)
     if not need_query:
         return p.query.new_empty(0), grad_scale

@@ -9,7 +9,8 @@ take exponentials of their own. Partial sums are written per (strip, row) and pe
 order. 2·Nq·Nk·D flops; reads D·(Nq·Nk/BLOCK_M + Nq) elements, through L2.
 
 Backward: dLoss/dS_ij = W_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + mean_slope_i.
-Narrow rows: one kernel owns rows and walks the keys, another owns keys and walks the rows, both with the whole width in
+Norms belong to W in the products (FOLD), except in float16, whose numbers they may leave; there the other operand takes
+them, as unit rows. Narrow rows: one kernel owns rows and walks the keys, another owns keys and walks the rows, both with the whole width in
 registers: logits twice and two products, 8·Nq·Nk·D flops, nothing of size Nq·Nk. Wide rows: W in chunks of rows, for
 plain products: logits once and two products, 6·Nq·Nk·D.
 """
@@ -92,12 +93,12 @@ def _leave_out(
 def forward_kernel(
     q_ptr, k_ptr, sigma_ptr, kappa_ptr, bias_ptr, row_read_ptr, key_read_ptr, target_ptr, query_ids_ptr, key_ids_ptr,
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, positive_ptr, row_ref_ptr, row_sum_ptr, column_ref_ptr,
-    column_sum_ptr, total_ptr, kept_ptr, rank_ptr, rows, columns, width, q_stride, k_stride, strip_tiles,
+    column_sum_ptr, total_ptr, kept_ptr, rank_ptr, first_tile, rows, columns, width, q_stride, k_stride, strip_tiles,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr, NEED_MEAN: tl.constexpr, NEED_RANK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    row_tile = tl.program_id(0)
+    row_tile = first_tile + tl.program_id(0)
     strip = tl.program_id(1)
     column_tiles = tl.cdiv(columns, BLOCK_N)
     offs_m = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -144,7 +145,7 @@ def forward_kernel(
             else:
                 column_sum = tl.sum(e * tl.exp2(ref - top)[:, None], 0)
                 column_ref = tl.where(column_ref > _NOTHING, top, _NOTHING)
-            out = row_tile.to(tl.int64) * columns + offs_n
+            out = tl.program_id(0).to(tl.int64) * columns + offs_n
             tl.store(column_ref_ptr + out, column_ref, in_n)
             tl.store(column_sum_ptr + out, column_sum, in_n)
     out_m = strip.to(tl.int64) * rows + offs_m
@@ -155,6 +156,24 @@ def forward_kernel(
         tl.store(kept_ptr + out_m, kept, in_m)
     if NEED_RANK:
         tl.store(rank_ptr + out_m, above, in_m)
+
+
+@triton.jit
+def merge_kernel(ref_ptr, sum_ptr, out_ref_ptr, out_sum_ptr, count, parts, BLOCK: tl.constexpr):
+    """Σ_p sum_p 2^ref_p of every entry of [parts, count], as one reference and one sum."""
+    offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = offs < count
+    step = tl.zeros([], tl.int64) + count
+    top = tl.full([BLOCK], _NOTHING, tl.float32)
+    everything = tl.zeros([BLOCK], tl.float32)
+    for p in range(parts):
+        total = tl.load(sum_ptr + p * step + offs, inside, 0.0)
+        ref = tl.where(total != 0.0, tl.load(ref_ptr + p * step + offs, inside, _NOTHING), _NOTHING)
+        higher = tl.maximum(top, ref)
+        everything = everything * tl.exp2(top - higher) + total * tl.exp2(ref - higher)
+        top = higher
+    tl.store(out_ref_ptr + offs, top, inside)
+    tl.store(out_sum_ptr + offs, everything, inside)
 
 
 @triton.jit
@@ -240,15 +259,18 @@ def _weights(
         top = tl.maximum(
             tl.max(tl.where(has_row, row_ref, _NOTHING), 0), tl.max(tl.where(has_column, column_ref, _NOTHING), 0)
         )
+        top = tl.where(top > _NOTHING, top, 0.0)
         apart = tl.max(tl.where(has_column, top - column_ref, 0.0), 0)
         if apart > _RANGE:
             w = row_slope[:, None] * tl.exp2(_less(acc, sigma, rest, bias, row_ref[:, None], HAS_BIAS))
-            w += column_slope[None, :] * tl.exp2(_less(acc, sigma, rest, bias, column_ref[None, :], HAS_BIAS))
+            by_key = tl.exp2(_less(acc, sigma, rest, bias, column_ref[None, :], HAS_BIAS))
+            w += column_slope[None, :] * by_key
         else:
             ref = tl.where(has_row, row_ref, top)
             by_key = tl.where(has_column, column_slope * tl.exp2(top - column_ref), 0.0)
             by_row = tl.exp2(ref - top)
-            e = tl.exp2(_less(acc, sigma, rest, bias, ref[:, None], HAS_BIAS))
+            # A pair whose row or key has a slope is not above its reference; one with neither may be anywhere.
+            e = tl.exp2(tl.minimum(_less(acc, sigma, rest, bias, ref[:, None], HAS_BIAS), 1.0))
             w = e * (row_slope[:, None] + by_row[:, None] * by_key[None, :])
     else:
         w = row_slope[:, None] * tl.exp2(_less(acc, sigma, rest, bias, row_ref[:, None], HAS_BIAS))
@@ -263,7 +285,7 @@ def query_sums_kernel(
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
     mean_slope_ptr, out_ptr, rows, columns, width, q_stride, k_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """u_i = Σ_j W_ij kappa_j k_j, float32 [rows, width]: a program owns rows and walks the keys."""
@@ -289,7 +311,11 @@ def query_sums_kernel(
         w = _weights(products, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr,
                      column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
         if HAS_KAPPA:
-            w = w * tl.load(kappa_ptr + offs_n, in_n, 1.0)[None, :]
+            kappa = tl.load(kappa_ptr + offs_n, in_n, 1.0)
+            if FOLD:
+                w = w * kappa[None, :]
+            else:
+                k = (k.to(tl.float32) * kappa[:, None]).to(k.dtype)
         if HAS_IDS or HAS_EXCLUDE:  # a key that nobody here keeps may hold NaN
             k = tl.where((tl.sum((products != _LEFT_OUT).to(tl.int32), 0) > 0)[:, None], k, 0.0).to(k.dtype)
         acc = dot(w.to(k.dtype), k, acc, PRECISION, UPCAST)
@@ -303,7 +329,7 @@ def key_sums_kernel(
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
     mean_slope_ptr, row_factor_ptr, out_ptr, log_q_ptr, rows, columns, width, q_stride, k_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, NEED_LOG_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Σ_i W_ij row_factor_i q_i, float32 [columns, width], and Σ_i W_ij: a program owns keys and walks the rows."""
@@ -331,7 +357,11 @@ def key_sums_kernel(
                      column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
         if NEED_LOG_Q:
             log_q += tl.sum(w, 0)
-        w = w * tl.load(row_factor_ptr + offs_m, read_m, 0.0)[:, None]
+        factor = tl.load(row_factor_ptr + offs_m, read_m, 0.0)
+        if FOLD:
+            w = w * factor[:, None]
+        else:
+            q = (q.to(tl.float32) * factor[:, None]).to(q.dtype)
         if HAS_IDS or HAS_EXCLUDE:  # a row that keeps nothing here may hold NaN
             q = tl.where((tl.sum((products != _LEFT_OUT).to(tl.int32), 1) > 0)[:, None], q, 0.0).to(q.dtype)
         acc = dot(tl.trans(w).to(q.dtype), q, acc, PRECISION, UPCAST)
@@ -345,15 +375,16 @@ def key_sums_kernel(
 def weights_kernel(
     q_ptr, k_ptr, sigma_ptr, kappa_ptr, bias_ptr, row_read_ptr, key_read_ptr, target_ptr, query_ids_ptr, key_ids_ptr,
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
-    mean_slope_ptr, out_ptr, log_q_ptr, first_tile, rows, columns, width, q_stride, k_stride, out_stride,
+    mean_slope_ptr, out_ptr, log_q_ptr, first_tile, row_tiles, rows, columns, width, q_stride, k_stride, out_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, NEED_LOG_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """W_ij kappa_j of the rows from tile `first_tile` on, in the dtype of the output, and the sums of W over its tiles'
-    rows. Programs that share keys follow each other."""
-    row_tile = first_tile + tl.program_id(0)
-    column_tile = tl.program_id(1)
+    """W_ij kappa_j of `row_tiles` tiles of rows from `first_tile` on, in the dtype of the output, and the sums of W over
+    each tile's rows. Programs that share keys follow each other."""
+    local_tile = tl.program_id(0) % row_tiles
+    row_tile = first_tile + local_tile
+    column_tile = tl.program_id(0) // row_tiles
     column_tiles = tl.cdiv(columns, BLOCK_N)
     offs_m = row_tile.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = column_tile.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -371,8 +402,8 @@ def weights_kernel(
     w = _weights(acc, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr,
                  column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
     if NEED_LOG_Q:
-        tl.store(log_q_ptr + row_tile.to(tl.int64) * columns + offs_n, tl.sum(w, 0), in_n)
-    if HAS_KAPPA:
+        tl.store(log_q_ptr + local_tile.to(tl.int64) * columns + offs_n, tl.sum(w, 0), in_n)
+    if HAS_KAPPA and FOLD:
         w = w * tl.load(kappa_ptr + offs_n, in_n, 1.0)[None, :]
     out = out_ptr + (offs_m - first_tile * BLOCK_M)[:, None] * out_stride + offs_n[None, :]
     tl.store(out, w.to(out_ptr.dtype.element_ty), in_m[:, None] & in_n[None, :])

@@ -124,10 +124,12 @@ class ClipLoss(nn.Module):
 
         Args:
             image_features, text_features: `[N, D]`, normalised by the model as in OpenCLIP; row n matches row n.
-            logit_scale: the inverse temperature, a float or 0-d.
+            logit_scale: the inverse temperature, a float, 0-d or `[1]`.
             logit_bias: one number for all pairs, which a softmax does not see: its gradient is 0.
         """
         group = self._group() if self.world_size > 1 else None
+        if isinstance(logit_scale, Tensor):  # OpenCLIP's nonscalar_logit_scale makes it [1]
+            logit_scale = logit_scale.reshape(())
         loss = info_nce(image_features, text_features, scale=logit_scale, group=group)
         if group is not None and not self.local_loss:
             everyone = loss.detach().clone()
@@ -162,7 +164,7 @@ class MultipleNegativesRankingLoss(nn.Module):
             (partition_mode "per_direction"); with "query_to_query" too, other queries are further negatives
             (partition_mode "joint").
         partition_mode: "joint" or "per_direction"; for one direction they are the same.
-        hardness_mode, hardness_strength: must be None and 0.
+        hardness_mode: must be None; then hardness_strength has no effect, as in the original.
 
     Raises:
         ValueError: an option that is not one softmax per direction of `info_nce`.
@@ -182,7 +184,8 @@ class MultipleNegativesRankingLoss(nn.Module):
         super().__init__()
         if not scale > 0:
             raise ValueError(f"scale must be positive, got {scale}")
-        name = similarity_fct if isinstance(similarity_fct, str) else getattr(similarity_fct, "__name__", "cos_sim")
+        name = "cos_sim" if similarity_fct is None else similarity_fct
+        name = name if isinstance(name, str) else getattr(name, "__name__", repr(name))
         if name not in _SIMILARITIES:
             raise ValueError(f"similarity_fct must be cos_sim or dot_score, got {name}")
         if partition_mode not in ("joint", "per_direction"):
@@ -197,11 +200,11 @@ class MultipleNegativesRankingLoss(nn.Module):
                 "directions must be query_to_doc alone, with doc_to_query (partition_mode 'per_direction') or with "
                 f"query_to_query (partition_mode 'joint'), got {tuple(directions)} and {partition_mode!r}"
             )
-        if hardness_mode is not None or hardness_strength != 0.0:
+        if hardness_mode is not None:
             raise ValueError(f"hardness_mode must be None, got {hardness_mode!r}: it is another loss")
         self.model, self.scale, self.similarity_fct = model, scale, name
         self.gather_across_devices, self.directions = gather_across_devices, tuple(directions)
-        self.partition_mode, self.hardness_mode, self.hardness_strength = partition_mode, None, 0.0
+        self.partition_mode, self.hardness_mode, self.hardness_strength = partition_mode, None, hardness_strength
 
     def forward(self, sentence_features: Iterable[dict[str, Tensor]], labels: Tensor | None = None) -> Tensor:
         """The loss of columns of features: anchors, their positives, and any number of columns of hard negatives."""
@@ -233,6 +236,11 @@ class MultipleNegativesRankingLoss(nn.Module):
         return info_nce(
             query, torch.cat(keys), scale=self.scale, normalize=_SIMILARITIES[self.similarity_fct], **options
         )
+
+    @property
+    def temperature(self) -> float:
+        """1 / scale."""
+        return 1.0 / self.scale
 
     def get_config_dict(self) -> dict[str, Any]:
         """The options, as the trainer of sentence-transformers stores them."""
