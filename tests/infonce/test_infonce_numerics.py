@@ -72,7 +72,7 @@ def test_gradients_keep_the_accuracy_of_float32_logits(dtype: torch.dtype, limit
 @pytest.mark.parametrize("noise", [2.0, 1.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_table_of_errors(dtype: torch.dtype, noise: float, scale: float) -> None:
-    """The table of docs/infonce.md: `pytest -s -k table_of_errors` prints its rows. Noise 1 and 0.1 are losses near zero."""
+    """The table of docs/infonce.md: `pytest -s -k table_of_errors` prints it. Noise 1 and 0.1 are losses near zero."""
     query, key = aligned(1024, 256, noise, dtype)
     exact_query, exact_key = wide(query, key)
     oracle = info_nce(exact_query, exact_key, scale=scale)

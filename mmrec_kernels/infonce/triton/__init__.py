@@ -34,13 +34,13 @@ def block_sizes(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     wide = dtype == torch.float32
     whole = max(next_power_of_two(width), 16)
     if kernel in ("query_sums", "key_sums"):
-        # The owner's accumulator, whole rows wide, stays in registers.
-        own = 32 if wide or whole > 128 else 64
-        other = 32 if wide else 64
+        # The owner's accumulator, whole rows wide, stays in registers; the other side comes in tiles of fewer rows
+        # where that, or the transposition of W, needs them.
+        own, other = (32, 32) if wide else (64, 64 if kernel == "query_sums" and whole <= 128 else 32)
         m, n = (own, other) if kernel == "query_sums" else (other, own)
-        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": whole, "num_warps": 4 if whole <= 128 else 8, "num_stages": 2}
+        return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": whole, "num_warps": 8, "num_stages": 2}
     if wide:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": min(whole, 32), "num_warps": 4, "num_stages": 2}
+        return {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_D": min(whole, 32), "num_warps": 8, "num_stages": 2}
     return {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_D": min(whole, 64), "num_warps": 8, "num_stages": 3}
 
 
@@ -333,8 +333,8 @@ def backward(
 def _in_range(
     slopes: tuple[Tensor | None, ...], row_factor: Tensor | None, dtype: torch.dtype
 ) -> tuple[tuple[Tensor | None, ...], Tensor | None]:
-    """Slopes whose weights, times the factor that they take, fill float16's numbers up to 2¹²; and by how much they were
-    divided. A mean over a large batch would make them too small, and so does a large catalogue."""
+    """Slopes whose weights, times the factor that they take, fill float16's numbers up to 2¹²; and by how much they
+    were divided. A mean over a large batch would make them too small, and so does a large catalogue."""
     if dtype != torch.float16:
         return slopes, None
     row, row_ref, column, column_ref, mean = slopes
@@ -376,13 +376,23 @@ def _owner_sums(
     rows, columns, width = p.query.shape[0], p.key.shape[0], p.query.shape[1]
     u, key_sums, log_q_sums = (
         p.sigma.new_empty(shape if needed else 0)
-        for shape, needed in (((rows, width), need_rows), ((columns, width), need_keys or need_log_q), (columns, need_log_q))
+        for shape, needed in (
+            ((rows, width), need_rows),
+            ((columns, width), need_keys or need_log_q),
+            (columns, need_log_q),
+        )
     )
     flags = {"SYMMETRIC": slopes[2] is not None, "HAS_MEAN": slopes[4] is not None, "FOLD": p.folds, **p.flags}
     if need_rows:
         blocks = _blocks("query_sums", width, p.query.dtype)
         kernels.query_sums_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
-            *p.pointers, *p.listed_by_tile(blocks["BLOCK_M"], blocks["BLOCK_N"]), *slopes, u, *p.sizes, **flags, **blocks
+            *p.pointers,
+            *p.listed_by_tile(blocks["BLOCK_M"], blocks["BLOCK_N"]),
+            *slopes,
+            u,
+            *p.sizes,
+            **flags,
+            **blocks,
         )
     if need_keys or need_log_q:
         blocks = _blocks("key_sums", width, p.query.dtype)

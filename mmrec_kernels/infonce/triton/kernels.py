@@ -2,17 +2,17 @@
 
     x_ij = sigma_i · kappa_j · (q_i · k_j) − bias_j      logits in units of log2, sigma_i = log2(e) · scale_i / ‖q_i‖
 
-Forward: a program owns a tile of rows and walks a strip of tiles of keys. Row sums stay in registers relative to a whole
-running reference; with n_i = ceil max_j x_ij of a tile the one exponential e_ij = 2^(x_ij − n_i) serves its rows, and
-times the exact power of two 2^(n_i − max n) its keys. Where a key of the tile lies more than _SPREAD below, the keys
-take exponentials of their own. Partial sums are written per (strip, row) and per (row tile, key) and combined in a fixed
-order. 2·Nq·Nk·D flops; reads D·(Nq·Nk/BLOCK_M + Nq) elements, through L2.
+Forward: a program owns a tile of rows and walks a strip of tiles of keys. Row sums stay in registers relative to a
+whole running reference; with n_i = ceil max_j x_ij of a tile the one exponential e_ij = 2^(x_ij − n_i) serves its rows,
+and times the exact power of two 2^(n_i − max n) its keys. Where a key of the tile lies more than _SPREAD below, the
+keys take exponentials of their own. Partial sums are written per (strip, row) and per (row tile, key) and combined in a
+fixed order. 2·Nq·Nk·D flops; reads D·(Nq·Nk/BLOCK_M + Nq) elements, through L2.
 
 Backward: dLoss/dS_ij = W_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + mean_slope_i.
 Norms belong to W in the products (FOLD), except in float16, whose numbers they may leave; there the other operand takes
-them, as unit rows. Narrow rows: one kernel owns rows and walks the keys, another owns keys and walks the rows, both with the whole width in
-registers: logits twice and two products, 8·Nq·Nk·D flops, nothing of size Nq·Nk. Wide rows: W in chunks of rows, for
-plain products: logits once and two products, 6·Nq·Nk·D.
+them, as unit rows. Narrow rows: one kernel owns rows and walks the keys, another owns keys and walks the rows, both
+with the whole width in registers: logits twice and two products, 8·Nq·Nk·D flops, nothing of size Nq·Nk. Wide rows: W
+in chunks of rows, for plain products: logits once and two products, 6·Nq·Nk·D.
 """
 
 from __future__ import annotations
@@ -59,8 +59,8 @@ def _by_key(acc, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA: tl.constexpr, HAS
 
 @triton.jit
 def _less(acc, sigma, rest, bias, ref, HAS_BIAS: tl.constexpr):
-    """Logits less a reference, without rounding them at their own size: two fused multiply-adds. sigma + rest is sigma_i
-    to twice its digits."""
+    """Logits less a reference, without rounding them at their own size: two fused multiply-adds. sigma + rest is
+    sigma_i to twice its digits."""
     x = acc * rest[:, None] + (acc * sigma[:, None] - ref)
     return x - bias[None, :] if HAS_BIAS else x
 
@@ -120,8 +120,8 @@ def forward_kernel(
         acc = _products(q_ptr, k_ptr, offs_m, offs_n, read_m, read_n, width, q_stride, k_stride,
                         BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST)  # fmt: skip
         acc, bias = _by_key(acc, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-        acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr, listed_rows_ptr,
-                     listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + j, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
+        acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr,
+                         listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + j, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
         x = tl.where(acc != _LEFT_OUT, _less(acc, sigma, rest, bias, 0.0, HAS_BIAS), -float("inf"))
         if NEED_RANK:
             above += tl.sum((x > positive[:, None]).to(tl.int32), 1)
@@ -222,7 +222,8 @@ def positive_kernel(
 @triton.jit
 def rank_reference_kernel(
     q_ptr, k_ptr, sigma_ptr, kappa_ptr, bias_ptr, row_read_ptr, target_ptr, out_ptr, rows, width, q_stride, k_stride,
-    HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """The logits of the positives by the same products as all others: rows against the keys that BLOCK_N of them want,
@@ -245,7 +246,8 @@ def rank_reference_kernel(
 
 @triton.jit
 def _weights(
-    acc, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr, mean_slope_ptr,
+    acc, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
+    mean_slope_ptr,
     HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
     """W of a tile. One exponential where the references of its rows and keys lie within 2^_RANGE of each other."""
@@ -263,8 +265,8 @@ def _weights(
         apart = tl.max(tl.where(has_column, top - column_ref, 0.0), 0)
         if apart > _RANGE:
             w = row_slope[:, None] * tl.exp2(_less(acc, sigma, rest, bias, row_ref[:, None], HAS_BIAS))
-            by_key = tl.exp2(_less(acc, sigma, rest, bias, column_ref[None, :], HAS_BIAS))
-            w += column_slope[None, :] * by_key
+            w_of_keys = tl.exp2(_less(acc, sigma, rest, bias, column_ref[None, :], HAS_BIAS))
+            w += column_slope[None, :] * w_of_keys
         else:
             ref = tl.where(has_row, row_ref, top)
             by_key = tl.where(has_column, column_slope * tl.exp2(top - column_ref), 0.0)
@@ -306,7 +308,8 @@ def query_sums_kernel(
         k = _load_tile(k_ptr, offs_n, read_n, offs_d, width, k_stride)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
         products, bias = _by_key(products, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr, listed_rows_ptr,
+        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr,
+                              key_ids_ptr, listed_rows_ptr,
                      listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + j, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
         w = _weights(products, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr,
                      column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
@@ -329,7 +332,8 @@ def key_sums_kernel(
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
     mean_slope_ptr, row_factor_ptr, out_ptr, log_q_ptr, rows, columns, width, q_stride, k_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Σ_i W_ij row_factor_i q_i, float32 [columns, width], and Σ_i W_ij: a program owns keys and walks the rows."""
@@ -351,8 +355,10 @@ def key_sums_kernel(
         q = _load_tile(q_ptr, offs_m, read_m, offs_d, width, q_stride)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
         products, bias = _by_key(products, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr, listed_rows_ptr,
-                     listed_keys_ptr, tile_offsets_ptr, i * column_tiles + column_tile, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
+        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr,
+                              key_ids_ptr, listed_rows_ptr,
+                     listed_keys_ptr, tile_offsets_ptr, i * column_tiles + column_tile, HAS_IDS,
+                     HAS_EXCLUDE)  # fmt: skip
         w = _weights(products, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr,
                      column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
         if NEED_LOG_Q:
@@ -377,11 +383,12 @@ def weights_kernel(
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
     mean_slope_ptr, out_ptr, log_q_ptr, first_tile, row_tiles, rows, columns, width, q_stride, k_stride, out_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
-    """W_ij kappa_j of `row_tiles` tiles of rows from `first_tile` on, in the dtype of the output, and the sums of W over
-    each tile's rows. Programs that share keys follow each other."""
+    """W_ij kappa_j of `row_tiles` tiles of rows from `first_tile` on, in the dtype of the output, and the sums of W
+    over each tile's rows. Programs that share keys follow each other."""
     local_tile = tl.program_id(0) % row_tiles
     row_tile = first_tile + local_tile
     column_tile = tl.program_id(0) // row_tiles
@@ -397,8 +404,9 @@ def weights_kernel(
     acc = _products(q_ptr, k_ptr, offs_m, offs_n, read_m, read_n, width, q_stride, k_stride,
                     BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST)  # fmt: skip
     acc, bias = _by_key(acc, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-    acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr, listed_rows_ptr,
-                 listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + column_tile, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
+    acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr,
+                     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + column_tile, HAS_IDS,
+                 HAS_EXCLUDE)  # fmt: skip
     w = _weights(acc, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr,
                  column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
     if NEED_LOG_Q:
