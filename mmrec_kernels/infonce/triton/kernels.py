@@ -120,8 +120,9 @@ def forward_kernel(
         acc = _products(q_ptr, k_ptr, offs_m, offs_n, read_m, read_n, width, q_stride, k_stride,
                         BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST)  # fmt: skip
         acc, bias = _by_key(acc, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-        acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr,
-                         listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + j, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
+        acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr,
+                         key_ids_ptr, listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr,
+                         row_tile * column_tiles + j, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
         x = tl.where(acc != _LEFT_OUT, _less(acc, sigma, rest, bias, 0.0, HAS_BIAS), -float("inf"))
         if NEED_RANK:
             above += tl.sum((x > positive[:, None]).to(tl.int32), 1)
@@ -247,8 +248,7 @@ def rank_reference_kernel(
 @triton.jit
 def _weights(
     acc, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
-    mean_slope_ptr,
-    HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MEAN: tl.constexpr,
+    mean_slope_ptr, HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MEAN: tl.constexpr,
 ):  # fmt: skip
     """W of a tile. One exponential where the references of its rows and keys lie within 2^_RANGE of each other."""
     row_slope = tl.load(row_slope_ptr + offs_m, in_m, 0.0)
@@ -308,9 +308,9 @@ def query_sums_kernel(
         k = _load_tile(k_ptr, offs_n, read_n, offs_d, width, k_stride)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
         products, bias = _by_key(products, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr,
-                              key_ids_ptr, listed_rows_ptr,
-                     listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + j, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
+        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr,
+                              query_ids_ptr, key_ids_ptr, listed_rows_ptr, listed_keys_ptr,
+                              tile_offsets_ptr, row_tile * column_tiles + j, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
         w = _weights(products, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr,
                      column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
         if HAS_KAPPA:
@@ -333,8 +333,7 @@ def key_sums_kernel(
     mean_slope_ptr, row_factor_ptr, out_ptr, log_q_ptr, rows, columns, width, q_stride, k_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Σ_i W_ij row_factor_i q_i, float32 [columns, width], and Σ_i W_ij: a program owns keys and walks the rows."""
     column_tile = tl.program_id(0)
@@ -355,10 +354,9 @@ def key_sums_kernel(
         q = _load_tile(q_ptr, offs_m, read_m, offs_d, width, q_stride)
         products = dot(q, tl.trans(k), tl.zeros([BLOCK_M, BLOCK_N], tl.float32), PRECISION, UPCAST)
         products, bias = _by_key(products, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr,
-                              key_ids_ptr, listed_rows_ptr,
-                     listed_keys_ptr, tile_offsets_ptr, i * column_tiles + column_tile, HAS_IDS,
-                     HAS_EXCLUDE)  # fmt: skip
+        products = _leave_out(products, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr,
+                              query_ids_ptr, key_ids_ptr, listed_rows_ptr, listed_keys_ptr,
+                              tile_offsets_ptr, i * column_tiles + column_tile, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
         w = _weights(products, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr,
                      column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
         if NEED_LOG_Q:
@@ -384,8 +382,7 @@ def weights_kernel(
     mean_slope_ptr, out_ptr, log_q_ptr, first_tile, row_tiles, rows, columns, width, q_stride, k_stride, out_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
     HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """W_ij kappa_j of `row_tiles` tiles of rows from `first_tile` on, in the dtype of the output, and the sums of W
     over each tile's rows. Programs that share keys follow each other."""
@@ -404,9 +401,9 @@ def weights_kernel(
     acc = _products(q_ptr, k_ptr, offs_m, offs_n, read_m, read_n, width, q_stride, k_stride,
                     BLOCK_M, BLOCK_N, BLOCK_D, PRECISION, UPCAST)  # fmt: skip
     acc, bias = _by_key(acc, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
-    acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr,
-                     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + column_tile, HAS_IDS,
-                 HAS_EXCLUDE)  # fmt: skip
+    acc = _leave_out(acc, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr,
+                     key_ids_ptr, listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr,
+                     row_tile * column_tiles + column_tile, HAS_IDS, HAS_EXCLUDE)  # fmt: skip
     w = _weights(acc, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr,
                  column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
     if NEED_LOG_Q:
