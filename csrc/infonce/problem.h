@@ -3,6 +3,7 @@
 
 #include <torch/csrc/stable/tensor.h>
 
+#include <memory>
 #include <optional>
 #include <vector>
 
@@ -45,6 +46,13 @@ struct Kernels {
     return kernels;
   }
 };
+
+template <typename T>
+std::unique_ptr<Scratch<T>> make_scratch() {
+  return std::unique_ptr<Scratch<T>>(new Scratch<T>);
+}
+
+inline double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
 
 template <typename T>
 class Problem {
