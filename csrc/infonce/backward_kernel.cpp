@@ -74,12 +74,12 @@ struct KeptTile {
 };
 
 // Weights of a row, from its logits.
-template <bool kGeneral, typename T>
+template <PerKey per_key, typename T>
 struct MadeRow {
   using V = Vec<T>;
   const Logits<T>& logits;
   const Slopes<T>& slopes;
-  LogitRow<kGeneral, T> row;
+  LogitRow<per_key, T> row;
   const T* dots;
   const uint64_t* bits;  // or null
   int64_t column;
@@ -96,16 +96,16 @@ struct MadeRow {
   }
 };
 
-template <bool kGeneral, typename T>
+template <PerKey per_key, typename T>
 struct MadeTile {
   const Backward<T>& task;
   const Place& place;
   const Scratch<T>& scratch;
 
-  MMREC_INLINE MadeRow<kGeneral, T> operator()(int64_t i) const {
+  MMREC_INLINE MadeRow<per_key, T> operator()(int64_t i) const {
     const int64_t r = place.row + i;
     const Slopes<T>& slopes = task.slopes;
-    return {task.logits, slopes, LogitRow<kGeneral, T>(task.logits, r), scratch.tile + i * kTileStride,
+    return {task.logits, slopes, LogitRow<per_key, T>(task.logits, r), scratch.tile + i * kTileStride,
             scratch.masked[i] ? scratch.bits + i * kBitWords : nullptr, place.column, broadcast(slopes.row_slope[r]),
             broadcast(-slopes.row_ref[r]), broadcast(slopes.mean_slope != nullptr ? slopes.mean_slope[r] : T(0))};
   }
@@ -176,11 +176,7 @@ MMREC_INLINE void with_weights(const Backward<T>& task, const Place& at, int64_t
   }
   kept_pairs(task.logits, at, scratch);
   dot_products<typename Kind::Dot>(task.logits, at, scratch.tile);
-  if (task.logits.kappa != nullptr) {
-    write(MadeTile<true, T>{task, at, scratch});
-  } else {
-    write(MadeTile<false, T>{task, at, scratch});
-  }
+  with_per_key(task.logits, [&](auto per_key) { write(MadeTile<per_key.value, T>{task, at, scratch}); });
 }
 
 template <typename Raw, typename T>

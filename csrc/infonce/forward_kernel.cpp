@@ -28,13 +28,13 @@ MMREC_INLINE T reference(T most) {
 }
 
 // Where a row and its keys have their maxima, and how its logits compare with its positive.
-template <bool kMasked, bool kGeneral, typename T>
+template <bool kMasked, PerKey per_key, typename T>
 void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, int64_t i, Scratch<T>& scratch) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const V lowest = broadcast(-static_cast<T>(__builtin_huge_val())), zero = broadcast(T(0));
   const int64_t r = at.row + i;
-  const LogitRow<kGeneral, T> row(logits, r);
+  const LogitRow<per_key, T> row(logits, r);
   const uint64_t* const bits = scratch.bits + i * kBitWords;
   T* const column_max = scratch.column[0];
   const bool columns = task.symmetric;
@@ -67,14 +67,14 @@ void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
 enum class Direction { kRows, kBothShared, kBothOwn };
 
 // A row's exponentials and their sum, into row[1], and those of its keys, added to column[1] with the references in column[2].
-template <typename Raw, bool kMasked, bool kGeneral, Direction direction, typename T>
+template <typename Raw, bool kMasked, PerKey per_key, Direction direction, typename T>
 void sum_exponentials(const Logits<T>& logits, const Place& at, int64_t i, T highest_ref, Raw* keep, Scratch<T>& scratch) {
   using V = Vec<T>;
   constexpr int kLanes = V::kLanes;
   const V zero = broadcast(T(0));
   T* const column_sum = scratch.column[1];
   const T* const column_ref = scratch.column[2];
-  const LogitRow<kGeneral, T> row(logits, at.row + i);
+  const LogitRow<per_key, T> row(logits, at.row + i);
   const uint64_t* const bits = scratch.bits + i * kBitWords;
   const T* const dots = scratch.tile + i * kTileStride;
   const T ref = scratch.row[0][i];
@@ -101,22 +101,22 @@ void sum_exponentials(const Logits<T>& logits, const Place& at, int64_t i, T hig
 }
 
 // The same for all rows of a tile.
-template <bool kGeneral, typename T>
+template <PerKey per_key, typename T>
 void find_maxima(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, Scratch<T>& scratch) {
   const auto lowest = broadcast(-static_cast<T>(__builtin_huge_val()));
   for (int64_t c = 0; c < at.padded_columns; c += Vec<T>::kLanes) store(scratch.column[0] + c, lowest);
   for (int64_t i = 0; i < at.rows; ++i) {
-    scratch.masked[i] ? find_maxima<true, kGeneral>(logits, task, at, i, scratch)
-                      : find_maxima<false, kGeneral>(logits, task, at, i, scratch);
+    scratch.masked[i] ? find_maxima<true, per_key>(logits, task, at, i, scratch)
+                      : find_maxima<false, per_key>(logits, task, at, i, scratch);
   }
 }
 
-template <bool kGeneral, Direction direction, typename Raw, typename T>
+template <PerKey per_key, Direction direction, typename Raw, typename T>
 void sum_exponentials(const Logits<T>& logits, const Place& at, T highest_ref, Raw* keep, Scratch<T>& scratch) {
   std::memset(scratch.column[1], 0, sizeof(T) * kTileColumns);
   for (int64_t i = 0; i < at.rows; ++i) {
-    scratch.masked[i] ? sum_exponentials<Raw, true, kGeneral, direction>(logits, at, i, highest_ref, keep, scratch)
-                      : sum_exponentials<Raw, false, kGeneral, direction>(logits, at, i, highest_ref, keep, scratch);
+    scratch.masked[i] ? sum_exponentials<Raw, true, per_key, direction>(logits, at, i, highest_ref, keep, scratch)
+                      : sum_exponentials<Raw, false, per_key, direction>(logits, at, i, highest_ref, keep, scratch);
   }
 }
 
@@ -136,10 +136,10 @@ void merge(const Partial<T>& into, int64_t first, const T* ref, const T* sum, in
   }
 }
 
-template <typename Kind, bool kGeneral, typename T>
+template <typename Kind, PerKey per_key, typename T>
 void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Place& at, Scratch<T>& scratch) {
   using Stored = typename Kind::Raw;
-  find_maxima<kGeneral>(logits, task, at, scratch);
+  find_maxima<per_key>(logits, task, at, scratch);
   Stored* keep = nullptr;
   if (task.keep != nullptr) {
     const Exponentials<T>& kept = *task.keep;
@@ -151,7 +151,7 @@ void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
   for (int64_t i = 0; i < at.rows; ++i) highest = scratch.row[0][i] > highest ? scratch.row[0][i] : highest;
   bool shared = true;
   if (!task.symmetric) {
-    sum_exponentials<kGeneral, Direction::kRows>(logits, at, highest, keep, scratch);
+    sum_exponentials<per_key, Direction::kRows>(logits, at, highest, keep, scratch);
   } else {
     for (int64_t c = 0; c < at.columns; ++c) {
       const T most = scratch.column[0][c];
@@ -163,9 +163,9 @@ void finish_tile(const Logits<T>& logits, const ForwardTile<T>& task, const Plac
       refs[c] = shared ? highest : reference(most);
     }
     if (shared) {
-      sum_exponentials<kGeneral, Direction::kBothShared>(logits, at, highest, keep, scratch);
+      sum_exponentials<per_key, Direction::kBothShared>(logits, at, highest, keep, scratch);
     } else {
-      sum_exponentials<kGeneral, Direction::kBothOwn>(logits, at, highest, keep, scratch);
+      sum_exponentials<per_key, Direction::kBothOwn>(logits, at, highest, keep, scratch);
     }
     if (task.columns.ref != nullptr) merge(task.columns, at.column, refs, scratch.column[1], at.columns);
   }
@@ -184,8 +184,7 @@ void forward(const Logits<T>& logits, const ForwardTile<T>& task, Scratch<T>& sc
   with_kind<T>(logits.element, [&](auto kind) {
     using Kind = decltype(kind);
     dot_products<typename Kind::Dot>(logits, at, scratch.tile);
-    logits.kappa != nullptr ? finish_tile<Kind, true>(logits, task, at, scratch)
-                            : finish_tile<Kind, false>(logits, task, at, scratch);
+    with_per_key(logits, [&](auto per_key) { finish_tile<Kind, per_key.value>(logits, task, at, scratch); });
   });
 }
 
@@ -218,8 +217,8 @@ void positives(const Logits<T>& logits, int64_t row_tile, Scratch<T>& scratch, T
         const int64_t r = at.row + first + i, t = logits.target[r];
         T lanes[Vec<T>::kLanes] = {scratch.tile[(first - group + i) * kColumns + i]};
         if (t >= 0 && logits.kappa != nullptr) lanes[0] *= logits.kappa[t];
-        store(lanes, LogitRow<false, T>(logits, r).less(logits, 0, load(lanes), broadcast(T(0))));
-        out[first + i] = t < 0 ? T(0) : logits.kappa != nullptr ? lanes[0] - logits.bias[t] : lanes[0];
+        store(lanes, LogitRow<PerKey::kNothing, T>(logits, r).less(logits, 0, load(lanes), broadcast(T(0))));
+        out[first + i] = t < 0 ? T(0) : logits.bias != nullptr ? lanes[0] - logits.bias[t] : lanes[0];
       }
     }
   });

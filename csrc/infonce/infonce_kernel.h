@@ -41,8 +41,8 @@ struct Logits {
   const T* key_panels;           // [key panels][depth][kPanel]
   const T* sigma;                // [rows]
   const T* sigma_rest;           // [rows], what sigma's rounding left
-  const T* kappa;                // [columns, padded to a tile], both or neither
-  const T* bias;
+  const T* kappa;                // [columns, padded to a tile] or null; bias comes with it
+  const T* bias;                 // [columns, padded to a tile] or null
   // What is left out: a pair is kept if its row is read, its key's bit is set, it is not the positive, ids differ and it is
   // not listed.
   const uint64_t* key_bits;      // [columns, padded to a tile]

@@ -81,9 +81,19 @@ void dot_products(const Logits<T>& logits, const Place& at, T* tile) {
                            false);
 }
 
-// The dot products of a vector's pairs as logits, less `ref`: in one rounding where there is nothing but a scale. kGeneral: with
-// kappa and bias.
-template <bool kGeneral, typename T, typename V = Vec<T>>
+// What the logits of a key have beside the scale.
+enum class PerKey { kNothing, kBias, kKappaAndBias };
+
+// Calls `run` with the PerKey of `logits` as a constant.
+template <typename T, typename Run>
+MMREC_INLINE void with_per_key(const Logits<T>& logits, const Run& run) {
+  if (logits.kappa != nullptr) return run(std::integral_constant<PerKey, PerKey::kKappaAndBias>());
+  if (logits.bias != nullptr) return run(std::integral_constant<PerKey, PerKey::kBias>());
+  run(std::integral_constant<PerKey, PerKey::kNothing>());
+}
+
+// The dot products of a vector's pairs as logits, less `ref`: in one rounding where there is nothing but a scale.
+template <PerKey per_key, typename T, typename V = Vec<T>>
 struct LogitRow {
   V sigma, rest;
 
@@ -91,10 +101,10 @@ struct LogitRow {
       : sigma(broadcast(logits.sigma[row])), rest(broadcast(logits.sigma_rest[row])) {}
 
   MMREC_INLINE V less(const Logits<T>& logits, int64_t column, V dot, V minus_ref) const {
-    if constexpr (kGeneral) dot = mul(dot, load(logits.kappa + column));
+    if constexpr (per_key == PerKey::kKappaAndBias) dot = mul(dot, load(logits.kappa + column));
     V x = fma(dot, sigma, minus_ref);
     if constexpr (sizeof(T) == 4) x = fma(dot, rest, x);
-    if constexpr (kGeneral) x = sub(x, load(logits.bias + column));
+    if constexpr (per_key != PerKey::kNothing) x = sub(x, load(logits.bias + column));
     return x;
   }
 };

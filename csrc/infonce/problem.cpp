@@ -176,13 +176,13 @@ void Problem<T>::find_factors(const Arguments& arguments) {
   logits.sigma_rest = sigma_rest_.data();
   log_q = values_of<T>(arguments.log_q, held_);
   if (log_q == nullptr && key_norm.empty()) return;
-  kappa_.assign(static_cast<size_t>(column_tiles() * kTileColumns), T(1));
-  bias_.assign(kappa_.size(), T(0));
+  bias_.assign(static_cast<size_t>(column_tiles() * kTileColumns), T(0));
+  if (!key_norm.empty()) kappa_.assign(bias_.size(), T(1));
   for (int64_t j = 0; j < key.rows; ++j) {
     if (!key_norm.empty()) kappa_[j] = static_cast<T>(finite_or_one(1.0 / clamped(key_norm[j])));
     if (log_q != nullptr) bias_[j] = static_cast<T>(static_cast<double>(log_q[j]) * kLog2E);
   }
-  logits.kappa = kappa_.data();
+  if (!key_norm.empty()) logits.kappa = kappa_.data();
   logits.bias = bias_.data();
 }
 
