@@ -23,8 +23,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .autograd import Problem, terms
+from .contents import check_contents
 from .loss import InfoNCEStats, has_term, reduce, row_losses, stats, weigh
-from .reference import check_contents
 
 
 def over(group: dist.ProcessGroup) -> Callable[..., tuple[Tensor, InfoNCEStats | None]]:

@@ -57,12 +57,12 @@ OPTIONS: dict[str, Callable[[int, int, torch.dtype], dict[str, Any]]] = {
 def test_interpreted_kernels_match_the_oracle(
     case: str, chunked: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmrec_kernels.infonce import triton as launchers
+    from mmrec_kernels.infonce.triton import backward_pass, forward_pass
 
     if chunked:
-        monkeypatch.setitem(launchers.OWNER_WIDTH, dtype, 8)
-        monkeypatch.setattr(launchers, "CHUNK_BYTES", 1)
-        monkeypatch.setattr(launchers, "_MOST_ROW_TILES", 2)
+        monkeypatch.setitem(backward_pass.OWNER_WIDTH, dtype, 8)
+        monkeypatch.setattr(backward_pass, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(forward_pass, "_MOST_ROW_TILES", 2)
     rows, keys = 37, 70
     query, key = unit(rows, 20, dtype, 1) * 2, unit(keys, 20, dtype, 2)
     options = OPTIONS[case](rows, keys, dtype)
@@ -118,10 +118,10 @@ def test_interpreted_kernels_ignore_what_nobody_reads(normalize: bool) -> None:
 def test_interpreted_kernels_where_neither_row_nor_key_has_a_slope(
     chunked: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from mmrec_kernels.infonce import triton as launchers
+    from mmrec_kernels.infonce.triton import backward_pass
 
     if chunked:
-        monkeypatch.setitem(launchers.OWNER_WIDTH, torch.float32, 4)
+        monkeypatch.setitem(backward_pass.OWNER_WIDTH, torch.float32, 4)
     query, key = unit(64, 8, torch.float32, 1).requires_grad_(), unit(64, 8, torch.float32, 2).requires_grad_()
     nothing = torch.autograd.grad(0.0 * info_nce(query, key, scale=200.0), [query, key])
     assert not any(g.any() for g in nothing)
@@ -140,10 +140,10 @@ def test_interpreted_kernels_where_neither_row_nor_key_has_a_slope(
 @pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize("chunked", [False, True])
 def test_interpreted_float16_normalizes_short_and_zero_rows(chunked: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmrec_kernels.infonce import triton as launchers
+    from mmrec_kernels.infonce.triton import backward_pass
 
     if chunked:
-        monkeypatch.setitem(launchers.OWNER_WIDTH, torch.float16, 4)
+        monkeypatch.setitem(backward_pass.OWNER_WIDTH, torch.float16, 4)
     query, key = unit(32, 8, torch.float16, 1) / 200, unit(32, 8, torch.float16, 2)
     query[5], key[9] = 0, 0
     options = {"scale": torch.tensor(50.0), "normalize": True}
