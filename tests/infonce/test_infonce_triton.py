@@ -191,8 +191,9 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 def compiled(name: str, dtype: str, width: int, masked: bool, capability: int) -> Any:
     """Resources of a kernel in its shipped configuration; `masked`: norms, logQ, ids and lists."""
     from aot import compile_for
-    from mmrec_kernels.infonce.triton import block_sizes, kernels
+    from mmrec_kernels.infonce.triton import backward_kernels, block_sizes, forward_kernels
 
+    kernels = forward_kernels if name == "forward" else backward_kernels
     kernel, blocks = getattr(kernels, f"{name}_kernel"), block_sizes(name, width, DTYPES[dtype])
     warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
     flags = ("HAS_KAPPA", "HAS_BIAS", "HAS_IDS", "HAS_EXCLUDE", "NEED_LOG_Q")
@@ -262,9 +263,9 @@ SMALL = {
 @pytest.mark.parametrize("name", SMALL)
 def test_small_kernels_compiled_ahead_of_time(name: str, capability: int) -> None:
     from aot import compile_for
-    from mmrec_kernels.infonce.triton import kernels
+    from mmrec_kernels.infonce.triton import forward_kernels
 
-    kernel, (pointers, constants) = getattr(kernels, f"{name}_kernel"), SMALL[name]
+    kernel, (pointers, constants) = getattr(forward_kernels, f"{name}_kernel"), SMALL[name]
     arguments = [a for a in kernel.arg_names if a not in constants]
     signature = {a: pointers.get(a.removesuffix("_ptr"), "*fp32") if a.endswith("_ptr") else "i32" for a in arguments}
     used = compile_for(kernel, signature, constants, capability, num_warps=8 if name == "rank_reference" else 4)

@@ -7,7 +7,7 @@ import triton
 from torch import Tensor
 
 from ..reference import NORM_EPS, through_norm
-from . import kernels
+from . import backward_kernels as kernels
 from .prepare import LOG2E, Prepared, finite_or_one, launch_sizes, prepare
 
 # The widths up to which both backward kernels keep whole rows in registers.

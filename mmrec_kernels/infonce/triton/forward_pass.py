@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ...schemas import infonce_terms_dtype
 from ..reference import NORM_EPS
-from . import kernels
+from . import forward_kernels as kernels
 from .prepare import LOG2E, Prepared, launch_sizes, prepare
 
 _MOST_STRIPS = 32

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...triton_common import interpreted, next_power_of_two, precision
 from ..contents import check_contents, comparable_ids, find_terms, listed_pairs
 from ..reference import NORM_EPS
-from . import kernels
+from . import forward_kernels as kernels
 
 LOG2E = 1 / math.log(2)
 
