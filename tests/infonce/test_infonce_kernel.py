@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from infonce_providers import use_reference
 from torch import Tensor
 
 from mmrec_kernels import library, schemas
@@ -94,8 +95,6 @@ def test_everything_at_once_equals_the_reference_in_float64(
     query, key = unit(rows, width, dtype, 1) * 3, unit(keys, width, dtype, 2)
     options = {**everything(rows, keys, dtype), "symmetric": symmetric}
     ours, stats = run(query, key, workspace_bytes=workspace_bytes, **options)
-    from conftest import use_reference
-
     use_reference(monkeypatch)
     exact, exact_stats = run(query.double(), key.double(), **widened(options))
     # What is rounded to bfloat16 (exponentials, weights, gradients) may be off by its last bit; the rest is float32.

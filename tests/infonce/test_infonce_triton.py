@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 import torch
+from infonce_providers import use_reference
 from test_infonce_kernel import everything, run, unit, widened
 from torch import Tensor
 
-from conftest import use_reference
 from mmrec_kernels import info_nce, schemas, validation
 from mmrec_kernels.infonce import autograd
 from numerics import errors
