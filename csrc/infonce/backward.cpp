@@ -39,7 +39,8 @@ void find_slopes(const std::optional<Tensor>& grad, const Tensor& lse, int64_t p
     if (g[i] == 0.0 || l[i] == -std::numeric_limits<double>::infinity()) continue;
     const double whole = std::ceil(l[i] * kLog2E);
     ref[i] = static_cast<T>(whole);
-    slope[i] = static_cast<T>(g[i] * std::exp2(whole - l[i] * kLog2E));
+    // 2^(whole − log2) as expm1: exp2 of glibc 2.29 would ask for a newer system.
+    slope[i] = static_cast<T>(g[i] * (1.0 + std::expm1((whole - l[i] * kLog2E) * kLn2)));
   }
 }
 

@@ -28,6 +28,17 @@ double power_of_two(double e) {
   return value;
 }
 
+// log and exp2 of glibc 2.29 would ask for a newer system than all else does; log1p is older.
+double natural_log(double x) {
+  int exponent = 0;
+  double fraction = std::frexp(x, &exponent);  // in [1/2, 1)
+  if (fraction < 0.70710678118654752) {
+    fraction *= 2;
+    --exponent;
+  }
+  return exponent * kLn2 + std::log1p(fraction - 1);
+}
+
 // Σ 2^x of every entry, over `strips` parts [strip][padded], and its natural logarithm.
 template <typename T>
 class Sums {
@@ -50,7 +61,7 @@ class Sums {
       const double sum = sum_[s * padded_ + i];
       if (sum != 0.0) total += sum * power_of_two(static_cast<double>(ref_[s * padded_ + i]) - top);
     }
-    return total == 0.0 ? -std::numeric_limits<double>::infinity() : (top + std::log2(total)) * kLn2;
+    return total == 0.0 ? -std::numeric_limits<double>::infinity() : top * kLn2 + natural_log(total);
   }
 
  private:
