@@ -14,8 +14,8 @@
 
 namespace mmrec {
 
-// Asks for large pages under memory that is about to be written for the first time: faults of 4 KiB each were seen to take
-// longer than the writing itself. Nothing happens where the memory is small or the system has none.
+// Asks for large pages under memory that is about to be written for the first time: one fault for 2 MiB instead of 512 of
+// 4 KiB each. Nothing happens where the memory is small or the system has none.
 inline void prefer_large_pages(void* memory, int64_t bytes) {
 #if defined(__linux__)
   constexpr uintptr_t kPage = uintptr_t{1} << 21;

@@ -66,7 +66,7 @@ class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *problem, need_mean, need_rank, workspace_bytes = args
-        # On a GPU writing and reading the exponentials costs as much as making them again.
+        # The GPU kernels keep nothing of size Nq·Nk: they make the logits again.
         save = not problem[0].is_cuda
         *outputs, saved = library.call(schemas.infonce_forward, *problem, need_mean, need_rank, save, workspace_bytes)
         ctx.set_materialize_grads(False)

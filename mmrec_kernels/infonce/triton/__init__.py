@@ -1,7 +1,7 @@
 """InfoNCE: the launchers of the Triton kernels, for CUDA tensors (CPU tensors in the interpreter).
 
-Nothing of size Nq·Nk is kept from the forward: at the widths that matter, writing and reading it again costs a GPU as
-much as making it. Sizes are arguments of the kernels, so that no batch size compiles anew, and no tensor is read back.
+Nothing of size Nq·Nk is kept from the forward; the backward makes the logits again. Sizes are arguments of the kernels,
+so that no batch size compiles anew, and no tensor is read back.
 """
 
 from .backward_pass import backward
