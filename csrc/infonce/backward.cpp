@@ -162,6 +162,8 @@ class Pass {
       memory_ = chunk_.get();
       problem_.pack_logits();
     }
+    task_.query = problem_.query;
+    task_.key = problem_.key;
     task_.logits = problem_.logits;
   }
 
@@ -209,9 +211,7 @@ class Pass {
     grad_log_q_ = made(arguments_.query, needs_.log_q, columns(), kScalar<T>);
     scale_slopes_.resize(static_cast<size_t>(needs_.scale ? rows() : 0));
     find_wanted(problem_.target, columns(), offsets_, wanted_);
-    finish_ = {problem_.query,
-               problem_.key,
-               problem_.target.data(),
+    finish_ = {problem_.target.data(),
                positive_slope_.data(),
                problem_.scale.data(),
                problem_.query_norm.empty() ? nullptr : problem_.query_norm.data(),

@@ -1,193 +1,28 @@
-// InfoNCE, the backward: the weights of a tile's pairs, and what they make of the other side's rows.
+// InfoNCE, the backward: what the weights of pairs make of the other side's rows.
 //
-//     W_ij = e_ij (row_slope_i 2^(n_i − row_ref_i) + column_slope_j 2^(n_i − column_ref_j)) + mean_slope_i
 //     u_i = Σ_j W_ij kappa_j k_j                           dk_j = Σ_i W_ij row_factor_i q_i
-//
-// 2^(n_i − column_ref_j) is the product of a row's and a key's factor, taken around the tile's highest n. Where a tile's
-// exponentials do not serve both directions, its logits are made again, and two exponentials of each.
 //
 // W never exists whole: a task makes it tile by tile as the left operand of its product, 2 · 96 · 192 · D flops a tile for each
 // of u and dk, and reads 4 bytes (2) of e_ij per pair for that. Rows and keys have one owner each, and every sum runs over
 // tiles in order.
 
-#include "../common/exp2.h"
 #include "../common/pack.h"
-#include "logits.h"
 #include "rows.h"
+#include "weights.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
 
-// Weights of a row, from the exponentials that were kept.
 template <typename Raw, typename T>
-struct KeptRow {
-  using V = Vec<T>;
-  const Raw* e;
-  const T* column_slope;
-  V slope, shift, mean;
-  bool has_mean;
-
-  MMREC_INLINE V at(int64_t c) const {
-    const V zero = broadcast(T(0)), x = load(e + c);
-    const V w = mul(x, fma(shift, load(column_slope + c), slope));
-    return has_mean ? add(w, select(greater(x, zero), mean, zero)) : w;
-  }
-};
-
-template <typename Raw, typename T>
-struct KeptTile {
-  const Slopes<T>& slopes;
-  const Raw* values;
-  const T* refs;
-  const T* column_slope;  // times 2^(highest − column_ref)
-  int64_t row, padded_columns;
-  T highest;
-
-  KeptTile(const Backward<T>& task, const Place& at, int64_t column_tile, Scratch<T>& scratch)
-      : slopes(task.slopes), column_slope(scratch.column[0]), row(at.row), padded_columns(at.padded_columns) {
-    using V = Vec<T>;
-    const Exponentials<T>& kept = task.exponentials;
-    values = static_cast<const Raw*>(kept.values) + (at.row - kept.first_row) * kept.padded_columns + at.rows * at.column;
-    refs = kept.refs + column_tile * kept.rows + at.row - kept.first_row;
-    highest = kNothing<T>;
-    for (int64_t i = 0; i < at.rows; ++i) highest = refs[i] > highest ? refs[i] : highest;
-    for (int64_t c = 0; c < at.padded_columns; c += V::kLanes) {
-      // Bounded: a key that keeps nothing in this tile may have its reference anywhere below.
-      V slope = broadcast(T(0));
-      if (slopes.column_slope != nullptr) {
-        slope = mul(load(slopes.column_slope + at.column + c),
-                    exp2<T, true>(sub(broadcast(highest), load(slopes.column_ref + at.column + c))));
-      }
-      store(scratch.column[0] + c, slope);
-    }
-  }
-
-  MMREC_INLINE KeptRow<Raw, T> operator()(int64_t i) const {
-    const int64_t r = row + i;
-    const auto power = [](T x) __attribute__((always_inline)) { return exp2<T>(broadcast(x)); };
-    const bool has_mean = slopes.mean_slope != nullptr;
-    return {values + i * padded_columns, column_slope,
-            mul(broadcast(slopes.row_slope[r]), power(refs[i] - slopes.row_ref[r])), power(refs[i] - highest),
-            broadcast(has_mean ? slopes.mean_slope[r] : T(0)), has_mean};
-  }
-};
-
-// Weights of a row, from its logits.
-template <PerKey per_key, typename T>
-struct MadeRow {
-  using V = Vec<T>;
-  const Logits<T>& logits;
-  const Slopes<T>& slopes;
-  LogitRow<per_key, T> row;
-  const T* dots;
-  const uint64_t* bits;  // or null
-  int64_t column;
-  V slope, minus_ref, mean;
-
-  MMREC_INLINE V at(int64_t c) const {
-    const V zero = broadcast(T(0)), dot = load(dots + c);
-    V w = fma(slope, exp2<T, true>(row.less(logits, column + c, dot, minus_ref)), mean);
-    if (slopes.column_slope != nullptr) {
-      const V minus_column_ref = sub(zero, load(slopes.column_ref + column + c));
-      w = fma(load(slopes.column_slope + column + c), exp2<T, true>(row.less(logits, column + c, dot, minus_column_ref)), w);
-    }
-    return bits != nullptr ? select(lane_bits<V::kLanes>(bits, c), w, zero) : w;
-  }
-};
-
-template <PerKey per_key, typename T>
-struct MadeTile {
-  const Backward<T>& task;
-  const Place& place;
-  const Scratch<T>& scratch;
-
-  MMREC_INLINE MadeRow<per_key, T> operator()(int64_t i) const {
-    const int64_t r = place.row + i;
-    const Slopes<T>& slopes = task.slopes;
-    return {task.logits, slopes, LogitRow<per_key, T>(task.logits, r), scratch.tile + i * kTileStride,
-            scratch.masked[i] ? scratch.bits + i * kBitWords : nullptr, place.column, broadcast(slopes.row_slope[r]),
-            broadcast(-slopes.row_ref[r]), broadcast(slopes.mean_slope != nullptr ? slopes.mean_slope[r] : T(0))};
-  }
-};
-
-// The weights of rows and columns [begin, end) of a tile as the left operand of the products, in scratch.weights. For rows, times
-// kappa; for keys, times the row factor, and then their sums are added to log_q_sums.
-template <typename Dot, typename Tile, typename T>
-void write_for_rows(const Tile& tile, const T* kappa, int64_t begin, int64_t end, int64_t columns, T* out) {
-  using V = Vec<T>;
-  constexpr int kLanes = V::kLanes;
-  for (int64_t i = begin; i < end; ++i) {
-    const auto row = tile(i);
-    T* const to = out + (i - begin) * (kTileStride / Dot::kColumns);
-    const auto weight = [&](int64_t c) __attribute__((always_inline)) {
-      return kappa != nullptr ? mul(row.at(c), load(kappa + c)) : row.at(c);
-    };
-    if constexpr (Dot::kColumns == 1) {
-      for (int64_t c = 0; c < columns; c += kLanes) store(to + c, weight(c));
-    } else {
-#if defined(__AVX512BF16__)
-      for (int64_t c = 0; c < columns; c += 2 * kLanes) store(to + c / 2, append_bf16(weight(c), weight(c + kLanes)));
-#endif
-    }
-  }
-}
-
-template <typename Dot, bool kSums, typename Tile, typename T>
-void write_for_keys(const Tile& tile, const T* factor, int64_t rows, int64_t begin, int64_t end, T* sums, T* out) {
-  using V = Vec<T>;
-  constexpr int kLanes = V::kLanes;
-  for (int64_t i = 0; i < rows; i += Dot::kColumns) {
-    const auto row = tile(i);
-    const V scale = broadcast(factor[i]);
-    T* const to = out + i / Dot::kColumns * kTileStride - begin;
-    const auto weight = [&](const auto& of, V by, int64_t c) __attribute__((always_inline)) {
-      const V w = of.at(c);
-      if constexpr (kSums) store(sums + c, add(w, load(sums + c)));
-      return mul(w, by);
-    };
-    if constexpr (Dot::kColumns == 1) {
-      for (int64_t c = begin; c < end; c += kLanes) store(to + c, weight(row, scale, c));
-    } else {
-#if defined(__AVX512BF16__)
-      if (i + 1 < rows) {
-        const auto next = tile(i + 1);
-        const V next_scale = broadcast(factor[i + 1]);
-        for (int64_t c = begin; c < end; c += kLanes) {
-          store(to + c, pair_bf16(weight(row, scale, c), weight(next, next_scale, c)));
-        }
-      } else {
-        for (int64_t c = begin; c < end; c += kLanes) store(to + c, pair_bf16(weight(row, scale, c), broadcast(T(0))));
-      }
-#endif
-    }
-  }
-}
-
-// Calls `write` with a tile's weights.
-template <typename Kind, typename T, typename Write>
-MMREC_INLINE void with_weights(const Backward<T>& task, const Place& at, int64_t column_tile, Scratch<T>& scratch,
-                               const Write& write) {
-  const Exponentials<T>& kept = task.exponentials;
-  const int64_t tiles = (kept.padded_columns + kTileColumns - 1) / kTileColumns;
-  if (kept.exact[(at.row - kept.first_row) / kTileRows * tiles + column_tile] != T(0)) {
-    write(KeptTile<typename Kind::Raw, T>(task, at, column_tile, scratch));
-    return;
-  }
-  kept_pairs(task.logits, at, scratch);
-  dot_products<typename Kind::Dot>(task.logits, at, scratch.tile);
-  with_per_key(task.logits, [&](auto per_key) { write(MadeTile<per_key.value, T>{task, at, scratch}); });
-}
-
-template <typename Raw, typename T>
-void finish_row(const Finish<T>& finish, int64_t r, T* sum) {
-  const int64_t width = finish.query.width, t = finish.target[r];
-  const Raw* const q = static_cast<const Raw*>(finish.query.values) + r * finish.query.stride;
+void finish_row(const Backward<T>& task, const Finish<T>& finish, int64_t r, T* sum) {
+  const int64_t width = task.query.width, t = finish.target[r];
+  const Raw* const q = static_cast<const Raw*>(task.query.values) + r * task.query.stride;
   const T slope = finish.positive_slope[r];
   if (t >= 0 && slope != T(0)) {
     const double norm = finish.key_norm != nullptr ? finish.key_norm[t] : 1.0;
     add_row(static_cast<T>(static_cast<double>(slope) / (norm > kNormEps ? norm : kNormEps)),
-            static_cast<const Raw*>(finish.key.values) + t * finish.key.stride, width, sum);
+            static_cast<const Raw*>(task.key.values) + t * task.key.stride, width, sum);
   }
   // A row that is not read, or keeps nothing, may hold NaN.
   const bool nothing = all_zero(sum, width);
@@ -225,7 +60,7 @@ void row_gradients(const Backward<T>& task, const Finish<T>& finish, const Part&
     for (int64_t i = part.begin; i < part.end; ++i) {
       T* const sum = sums + (i - part.begin) * task.padded_width;
       if (tiles == 0) std::memset(sum, 0, sizeof(T) * static_cast<size_t>(task.padded_width));
-      finish_row<typename Kind::Raw>(finish, part.row_tile * kTileRows + i, sum);
+      finish_row<typename Kind::Raw>(task, finish, part.row_tile * kTileRows + i, sum);
     }
   });
 }
@@ -268,16 +103,16 @@ template <typename T>
 void key_gradients(const Backward<T>& task, const Finish<T>& finish, int64_t begin, int64_t end) {
   with_kind<T>(task.logits.element, [&](auto kind) {
     using Raw = typename decltype(kind)::Raw;
-    const int64_t width = finish.key.width;
+    const int64_t width = task.key.width;
     for (int64_t j = begin; j < end; ++j) {
       T* const sum = task.key_sums + j * task.padded_width;
       for (int64_t n = finish.wanted_offsets[j]; n < finish.wanted_offsets[j + 1]; ++n) {
         const int64_t r = finish.wanted[n];
         const T factor = finish.positive_slope[r] * task.row_factor[r];
         if (factor == T(0)) continue;
-        add_row(factor, static_cast<const Raw*>(finish.query.values) + r * finish.query.stride, width, sum);
+        add_row(factor, static_cast<const Raw*>(task.query.values) + r * task.query.stride, width, sum);
       }
-      const Raw* const k = static_cast<const Raw*>(finish.key.values) + j * finish.key.stride;
+      const Raw* const k = static_cast<const Raw*>(task.key.values) + j * task.key.stride;
       const double* const norm = finish.key_norm != nullptr && !all_zero(sum, width) ? finish.key_norm + j : nullptr;
       write_through_norm(sum, k, norm, width, static_cast<Raw*>(finish.grad_key) + j * width);
     }

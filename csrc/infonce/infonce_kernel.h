@@ -97,6 +97,7 @@ struct Slopes {
 
 template <typename T>
 struct Backward {
+  Matrix query, key;
   Logits<T> logits;
   Exponentials<T> exponentials;
   Slopes<T> slopes;
@@ -118,7 +119,6 @@ struct Part {
 // positive. Rows of a side are normalised if it has norms.
 template <typename T>
 struct Finish {
-  Matrix query, key;
   const int64_t* target;       // [rows]; −1: none
   const T* positive_slope;     // [rows]
   const T* scale;              // [rows]
