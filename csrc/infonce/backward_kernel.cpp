@@ -7,8 +7,7 @@
 // tiles in order.
 
 #include "../common/pack.h"
-#include "rows.h"
-#include "weights.h"
+#include "dominant.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
@@ -17,12 +16,12 @@ namespace {
 template <typename Raw, typename T>
 void finish_row(const Backward<T>& task, const Finish<T>& finish, int64_t r, T* sum) {
   const int64_t width = task.query.width, t = finish.target[r];
-  const Raw* const q = static_cast<const Raw*>(task.query.values) + r * task.query.stride;
+  const Raw* const q = row_of<Raw>(task.query, r);
   const T slope = finish.positive_slope[r];
   if (t >= 0 && slope != T(0)) {
     const double norm = finish.key_norm != nullptr ? finish.key_norm[t] : 1.0;
     add_row(static_cast<T>(static_cast<double>(slope) / (norm > kNormEps ? norm : kNormEps)),
-            static_cast<const Raw*>(task.key.values) + t * task.key.stride, width, sum);
+            row_of<Raw>(task.key, t), width, sum);
   }
   // A row that is not read, or keeps nothing, may hold NaN.
   const bool nothing = all_zero(sum, width);
@@ -43,24 +42,37 @@ void row_gradients(const Backward<T>& task, const Finish<T>& finish, const Part&
   with_kind<T>(task.logits.element, [&](auto kind) {
     using Kind = decltype(kind);
     using Dot = typename Kind::Dot;
+    using Raw = typename Kind::Raw;
     constexpr int64_t kRow = kTileStride / Dot::kColumns;
     const int64_t tiles = (task.logits.columns + kTileColumns - 1) / kTileColumns;
     const int64_t groups = (part.end - part.begin + kGroup - 1) / kGroup;
     for (int64_t j = 0; j < tiles; ++j) {
       const Place at(task.logits, part.row_tile, j);
+      const T* const kappa = task.logits.kappa != nullptr ? task.logits.kappa + at.column : nullptr;
+      int64_t dominant = 0;
       with_weights<Kind>(task, at, j, scratch, [&](const auto& tile) {
-        const T* const kappa = task.logits.kappa != nullptr ? task.logits.kappa + at.column : nullptr;
         write_for_rows<Dot>(tile, kappa, part.begin, part.end, at.padded_columns, scratch.weights);
+        if constexpr (kRounded<Kind>) {
+          dominant = find_dominant(tile, {part.begin, part.end, 0, at.padded_columns}, scratch);
+          for_each_pair(scratch.dominant, dominant, [&](int64_t i, int64_t c) {
+            clear_for_rows<Dot>(scratch.weights, i - part.begin, c);
+          });
+        }
       });
       multiply<Dot, kRow, 1>(scratch.weights, kGroup * kRow, groups,
                              task.key_rows + at.column / Dot::kColumns * kPanel<Dot>, task.key_panel,
                              task.padded_width / kPanel<Dot>, words_of(at.columns, Dot::kColumns), sums,
                              task.padded_width, j > 0);
+      for_each_pair(scratch.dominant, dominant, [&](int64_t i, int64_t c) {
+        const double weight = exact_weight(task, at.row + i, at.column + c) * (kappa != nullptr ? kappa[c] : 1.0);
+        add_row(static_cast<T>(weight), row_of<Raw>(task.key, at.column + c), task.key.width,
+                sums + (i - part.begin) * task.padded_width);
+      });
     }
     for (int64_t i = part.begin; i < part.end; ++i) {
       T* const sum = sums + (i - part.begin) * task.padded_width;
       if (tiles == 0) std::memset(sum, 0, sizeof(T) * static_cast<size_t>(task.padded_width));
-      finish_row<typename Kind::Raw>(task, finish, part.row_tile * kTileRows + i, sum);
+      finish_row<Raw>(task, finish, part.row_tile * kTileRows + i, sum);
     }
   });
 }
@@ -70,6 +82,7 @@ void key_sums(const Backward<T>& task, const Part& part, Scratch<T>& scratch) {
   with_kind<T>(task.logits.element, [&](auto kind) {
     using Kind = decltype(kind);
     using Dot = typename Kind::Dot;
+    using Raw = typename Kind::Raw;
     const int64_t first = task.exponentials.first_row / kTileRows;
     const int64_t last = (task.exponentials.first_row + task.exponentials.rows + kTileRows - 1) / kTileRows;
     for (int64_t i = first; i < last; ++i) {
@@ -77,11 +90,19 @@ void key_sums(const Backward<T>& task, const Part& part, Scratch<T>& scratch) {
       const int64_t end = at_most(round_up(part.end, kColumnUnit), at.padded_columns);
       T* const sums = scratch.column[1];
       std::memset(sums, 0, sizeof(T) * kTileColumns);
+      int64_t dominant = 0;
       with_weights<Kind>(task, at, part.column_tile, scratch, [&](const auto& tile) {
         if (task.log_q_sums != nullptr) {
           write_for_keys<Dot, true>(tile, task.row_factor + at.row, at.rows, part.begin, end, sums, scratch.weights);
         } else {
           write_for_keys<Dot, false>(tile, task.row_factor + at.row, at.rows, part.begin, end, sums, scratch.weights);
+        }
+        if constexpr (kRounded<Kind>) {
+          dominant = find_dominant(tile, {0, at.rows, part.begin, end}, scratch);
+          for_each_pair(scratch.dominant, dominant, [&](int64_t i, int64_t c) {
+            clear_for_keys<Dot>(scratch.weights, i, c - part.begin);
+            if (task.log_q_sums != nullptr) sums[c] -= weight_at(tile(i), c);
+          });
         }
       });
       if (task.log_q_sums != nullptr) {
@@ -95,6 +116,13 @@ void key_sums(const Backward<T>& task, const Part& part, Scratch<T>& scratch) {
                                     task.padded_width / kPanel<Dot>, words_of(at.rows, Dot::kColumns),
                                     task.key_sums + (at.column + part.begin) * task.padded_width, task.padded_width,
                                     i > 0);
+      for_each_pair(scratch.dominant, dominant, [&](int64_t n, int64_t c) {
+        const int64_t r = at.row + n, k = at.column + c;
+        const double weight = exact_weight(task, r, k);
+        if (task.log_q_sums != nullptr) task.log_q_sums[k] += weight;
+        add_row(static_cast<T>(weight * static_cast<double>(task.row_factor[r])), row_of<Raw>(task.query, r),
+                task.query.width, task.key_sums + k * task.padded_width);
+      });
     }
   });
 }
@@ -110,9 +138,9 @@ void key_gradients(const Backward<T>& task, const Finish<T>& finish, int64_t beg
         const int64_t r = finish.wanted[n];
         const T factor = finish.positive_slope[r] * task.row_factor[r];
         if (factor == T(0)) continue;
-        add_row(factor, static_cast<const Raw*>(task.query.values) + r * task.query.stride, width, sum);
+        add_row(factor, row_of<Raw>(task.query, r), width, sum);
       }
-      const Raw* const k = static_cast<const Raw*>(task.key.values) + j * task.key.stride;
+      const Raw* const k = row_of<Raw>(task.key, j);
       const double* const norm = finish.key_norm != nullptr && !all_zero(sum, width) ? finish.key_norm + j : nullptr;
       write_through_norm(sum, k, norm, width, static_cast<Raw*>(finish.grad_key) + j * width);
     }

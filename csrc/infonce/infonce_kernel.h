@@ -138,6 +138,7 @@ struct Scratch {
   T weights[kTileRows * kTileStride];  // or pairs of bfloat16
   uint64_t bits[kTileRows * kBitWords];
   uint8_t masked[kTileRows];  // whether a row leaves anything out
+  uint16_t dominant[kTileRows * kTileColumns];  // pairs
   T column[4][kTileColumns];
   T row[2][kTileRows];
 };

@@ -8,6 +8,11 @@ namespace mmrec {
 namespace MMREC_ISA {
 namespace {
 
+template <typename Raw>
+const Raw* row_of(const Matrix& matrix, int64_t row) {
+  return static_cast<const Raw*>(matrix.values) + row * matrix.stride;
+}
+
 template <typename T>
 bool all_zero(const T* row, int64_t width) {
   T most = 0;

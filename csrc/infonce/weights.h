@@ -35,17 +35,31 @@ struct KeptTile {
   const Raw* values;
   const T* refs;
   const T* column_slope;  // times 2^(highest − column_ref)
-  int64_t row, padded_columns;
+  const T *power, *shift;  // 2^(n_i − row_ref), 2^(n_i − highest)
+  int64_t row, column, padded_columns;
   T highest;
 
   KeptTile(const Backward<T>& task, const Place& at, int64_t column_tile, Scratch<T>& scratch)
-      : slopes(task.slopes), column_slope(scratch.column[0]), row(at.row), padded_columns(at.padded_columns) {
+      : slopes(task.slopes),
+        column_slope(scratch.column[0]),
+        power(scratch.row[0]),
+        shift(scratch.row[1]),
+        row(at.row),
+        column(at.column),
+        padded_columns(at.padded_columns) {
     using V = Vec<T>;
     const Exponentials<T>& kept = task.exponentials;
     values = static_cast<const Raw*>(kept.values) + (at.row - kept.first_row) * kept.padded_columns + at.rows * at.column;
     refs = kept.refs + column_tile * kept.rows + at.row - kept.first_row;
     highest = kNothing<T>;
     for (int64_t i = 0; i < at.rows; ++i) highest = refs[i] > highest ? refs[i] : highest;
+    for (int64_t i = 0; i < at.rows; ++i) {
+      scratch.row[0][i] = refs[i] - slopes.row_ref[row + i];
+      scratch.row[1][i] = refs[i] - highest;
+    }
+    for (int64_t i = 0; i < at.rows; i += V::kLanes) {
+      for (auto& powers : scratch.row) store(powers + i, exp2<T>(load(powers + i)));
+    }
     for (int64_t c = 0; c < at.padded_columns; c += V::kLanes) {
       // Bounded: a key that keeps nothing in this tile may have its reference anywhere below.
       V slope = broadcast(T(0));
@@ -59,10 +73,8 @@ struct KeptTile {
 
   MMREC_INLINE KeptRow<Raw, T> operator()(int64_t i) const {
     const int64_t r = row + i;
-    const auto power = [](T x) __attribute__((always_inline)) { return exp2<T>(broadcast(x)); };
     const bool has_mean = slopes.mean_slope != nullptr;
-    return {values + i * padded_columns, column_slope,
-            mul(broadcast(slopes.row_slope[r]), power(refs[i] - slopes.row_ref[r])), power(refs[i] - highest),
+    return {values + i * padded_columns, column_slope, broadcast(slopes.row_slope[r] * power[i]), broadcast(shift[i]),
             broadcast(has_mean ? slopes.mean_slope[r] : T(0)), has_mean};
   }
 };
@@ -87,6 +99,17 @@ struct MadeRow {
       w = fma(load(slopes.column_slope + column + c), exp2<T, true>(row.less(logits, column + c, dot, minus_column_ref)), w);
     }
     return bits != nullptr ? select(lane_bits<V::kLanes>(bits, c), w, zero) : w;
+  }
+
+  // Lanes of kept pairs whose logit is above the reference of their row or of their key by more than `bound`.
+  MMREC_INLINE uint32_t above(int64_t c, T bound) const {
+    const V dot = load(dots + c);
+    uint32_t lanes = greater(row.less(logits, column + c, dot, minus_ref), broadcast(bound));
+    if (slopes.column_slope != nullptr) {
+      const V minus_column_ref = sub(broadcast(T(0)), load(slopes.column_ref + column + c));
+      lanes |= greater(row.less(logits, column + c, dot, minus_column_ref), broadcast(bound));
+    }
+    return bits != nullptr ? lanes & lane_bits<V::kLanes>(bits, c) : lanes;
   }
 };
 

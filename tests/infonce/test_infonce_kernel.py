@@ -135,6 +135,34 @@ def test_keys_far_below_the_highest_logit_of_their_tile_lose_nothing(dtype: torc
         assert float((mine - other).norm()) <= limit * 10 * float(other.norm()) + 1e-12
 
 
+@pytest.mark.parametrize("options", [{}, {"normalize": True}, {"everything": True}, {"spread": True}], ids=str)
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("workspace_bytes", [2**30, 1])
+def test_a_pair_that_dominates_its_row_or_key_is_not_rounded(
+    workspace_bytes: int, symmetric: bool, options: dict[str, bool]
+) -> None:
+    """Few pairs make up these gradients: what sums many has float32's digits, dq and dk their own rounding."""
+    rows, keys, width = 210, 420, 40
+    generator = torch.Generator().manual_seed(5)
+    key = unit(keys, width, torch.bfloat16, 2) * 3
+    twins = torch.randperm(keys - rows, generator=generator)[:rows] + rows  # the negative that each row mistakes
+    query = (key[twins].float() / 3 + 0.05 * torch.randn(rows, width, generator=generator)).to(torch.bfloat16)
+    if options.get("spread"):  # a key far below the others: tiles take two exponentials
+        key[5::50] *= 20
+        key[7::50] *= -20
+    given = {"scale": torch.tensor(37.0), "log_q": torch.randn(keys, generator=generator), "symmetric": symmetric}
+    if options.get("everything"):
+        given.update(everything(rows, keys, torch.bfloat16), symmetric=symmetric)
+        given["scale"] = given["scale"] + 60
+    given["normalize"] = options.get("normalize", False)
+    ours, _ = run(query, key, workspace_bytes=workspace_bytes, **given)
+    exact, _ = run(query.double(), key.double(), **widened(given))
+    # A quarter of a row's sum may be rounded, in many pairs.
+    sums = torch.finfo(torch.bfloat16).eps / 32
+    for name, limit in (("query", 2.3e-3), ("key", 2.3e-3), ("scale", sums), ("log_q", sums)):
+        assert errors(ours[name], exact[name])[1] <= limit, name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("workspace_bytes", [2**30, 1])
 def test_any_number_of_threads_gives_the_same_bits(threads: Any, dtype: torch.dtype, workspace_bytes: int) -> None:
