@@ -114,8 +114,8 @@ def infonce_terms_dtype(device: torch.device) -> torch.dtype:
 
 
 @_define(
-    f"_infonce_forward({_INFONCE_PROBLEM}, bool need_mean, bool need_rank, bool save, SymInt workspace_bytes)"
-    " -> (Tensor positive, Tensor row_lse, Tensor column_lse, Tensor mean, Tensor rank, Tensor saved)"
+    f"_infonce_forward({_INFONCE_PROBLEM}, bool need_total, bool need_rank, bool save, SymInt workspace_bytes)"
+    " -> (Tensor positive, Tensor row_lse, Tensor column_lse, Tensor total, Tensor kept, Tensor rank, Tensor saved)"
 )
 def infonce_forward(
     query: Tensor,
@@ -131,12 +131,12 @@ def infonce_forward(
     log_q: Tensor | None,
     symmetric: bool,
     normalize: bool,
-    need_mean: bool,
+    need_total: bool,
     need_rank: bool,
     save: bool,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """positive, row_lse, mean, rank `[Nq]` and column_lse `[Nk]` (`[0]` where not asked for), and what is saved."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """positive, row_lse, total, kept, rank `[Nq]`, column_lse `[Nk]` (`[0]` where not asked for); what is saved."""
     rows, columns = query.shape[0], key.shape[0]
     dtype = infonce_terms_dtype(query.device)
     saved_bytes = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
@@ -144,14 +144,15 @@ def infonce_forward(
         query.new_empty(rows, dtype=dtype),
         query.new_empty(rows, dtype=dtype),
         query.new_empty(columns if symmetric else 0, dtype=dtype),
-        query.new_empty(rows if need_mean else 0, dtype=dtype),
+        query.new_empty(rows if need_total else 0, dtype=dtype),
+        query.new_empty(rows if need_total else 0, dtype=torch.int64),
         query.new_empty(rows if need_rank else 0, dtype=torch.int64),
         query.new_empty(saved_bytes, dtype=torch.uint8),
     )
 
 
 @_define(
-    "_infonce_backward(Tensor? grad_positive, Tensor? grad_row_lse, Tensor? grad_column_lse, Tensor? grad_mean,"
+    "_infonce_backward(Tensor? grad_positive, Tensor? grad_row_lse, Tensor? grad_column_lse, Tensor? grad_total,"
     f" {_INFONCE_PROBLEM}, Tensor row_lse, Tensor column_lse, Tensor saved, bool need_query, bool need_key,"
     " bool need_scale, bool need_log_q, SymInt workspace_bytes)"
     " -> (Tensor grad_query, Tensor grad_key, Tensor grad_scale, Tensor grad_log_q)"
@@ -160,7 +161,7 @@ def infonce_backward(
     grad_positive: Tensor | None,
     grad_row_lse: Tensor | None,
     grad_column_lse: Tensor | None,
-    grad_mean: Tensor | None,
+    grad_total: Tensor | None,
     query: Tensor,
     key: Tensor,
     scale: Tensor,

@@ -61,7 +61,7 @@ void find_wanted(const std::vector<int64_t>& target, int64_t columns, std::vecto
 
 // Gradients of the raw op's differentiable results; nothing where nobody uses one.
 struct Upstream {
-  const std::optional<Tensor>&positive, &row_lse, &column_lse, &mean;
+  const std::optional<Tensor>&positive, &row_lse, &column_lse, &total;
 };
 
 // What the forward left.
@@ -121,17 +121,13 @@ class Pass {
       const Tensor grad = torch::stable::contiguous(*upstream.positive);
       std::copy_n(doubles(grad), rows(), positive_.begin());
     }
-    if (upstream.mean) {
-      std::vector<int64_t> kept(static_cast<size_t>(problem_.row_tiles() * kTileRows));
-      for_each_task(problem_.row_tiles(), make_scratch<T>, [&](int64_t tile, const auto& scratch) {
-        problem_.kernels.backward.count_kept(problem_.logits, tile, *scratch, kept.data() + tile * kTileRows);
-      });
-      const Tensor grad = torch::stable::contiguous(*upstream.mean);
-      mean_slope_.assign(static_cast<size_t>(rows()), T(0));
+    if (upstream.total) {
+      const Tensor grad = torch::stable::contiguous(*upstream.total);
+      total_slope_.resize(static_cast<size_t>(rows()));
       for (int64_t i = 0; i < rows(); ++i) {
-        const double share = problem_.has_term(i) ? doubles(grad)[i] / static_cast<double>(kept[i] + 1) : 0.0;
-        mean_slope_[i] = static_cast<T>(share);
-        positive_[i] += share;
+        const double slope = problem_.has_term(i) ? doubles(grad)[i] : 0.0;
+        total_slope_[i] = static_cast<T>(slope);
+        positive_[i] += slope;
       }
     }
     positive_slope_.resize(static_cast<size_t>(rows()));
@@ -141,7 +137,7 @@ class Pass {
     }
     const bool columns = upstream.column_lse.has_value();
     task_.slopes = {row_slope_.data(), row_ref_.data(), columns ? column_slope_.data() : nullptr,
-                    columns ? column_ref_.data() : nullptr, upstream.mean ? mean_slope_.data() : nullptr};
+                    columns ? column_ref_.data() : nullptr, upstream.total ? total_slope_.data() : nullptr};
   }
 
   // All exponentials, where the forward kept them; else room for those of some rows. Logits are made for the latter, and in
@@ -287,7 +283,7 @@ class Pass {
   Problem<T> problem_;
   Backward<T> task_{};
   Finish<T> finish_{};
-  std::vector<T> row_slope_, row_ref_, column_slope_, column_ref_, mean_slope_, positive_slope_;
+  std::vector<T> row_slope_, row_ref_, column_slope_, column_ref_, total_slope_, positive_slope_;
   std::vector<double> positive_, scale_slopes_, log_q_sums_;
   std::vector<int64_t> offsets_, wanted_;
   bool made_again_ = false;
@@ -300,7 +296,7 @@ class Pass {
 
 Gradients backward(
     const std::optional<Tensor>& grad_positive, const std::optional<Tensor>& grad_row_lse,
-    const std::optional<Tensor>& grad_column_lse, const std::optional<Tensor>& grad_mean, const Tensor& query,
+    const std::optional<Tensor>& grad_column_lse, const std::optional<Tensor>& grad_total, const Tensor& query,
     const Tensor& key, const Tensor& scale, const std::optional<Tensor>& target, const std::optional<Tensor>& query_mask,
     const std::optional<Tensor>& key_mask, const std::optional<Tensor>& query_ids, const std::optional<Tensor>& key_ids,
     const std::optional<Tensor>& exclude_offsets, const std::optional<Tensor>& exclude_positions,
@@ -308,7 +304,7 @@ Gradients backward(
     const Tensor& saved, bool need_query, bool need_key, bool need_scale, bool need_log_q, int64_t workspace_bytes) {
   const Arguments arguments{query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
                             exclude_positions, log_q, symmetric, normalize};
-  const Upstream upstream{grad_positive, grad_row_lse, grad_column_lse, grad_mean};
+  const Upstream upstream{grad_positive, grad_row_lse, grad_column_lse, grad_total};
   const Saved left{row_lse, column_lse, saved};
   const Needs needs{need_query, need_key, need_scale, need_log_q};
   return query.scalar_type() == ScalarType::Double

@@ -148,20 +148,6 @@ void key_gradients(const Backward<T>& task, const Finish<T>& finish, int64_t beg
 }
 
 template <typename T>
-void count_kept(const Logits<T>& logits, int64_t row_tile, Scratch<T>& scratch, int64_t* kept) {
-  const int64_t tiles = (logits.columns + kTileColumns - 1) / kTileColumns;
-  for (int64_t j = 0; j < tiles; ++j) {
-    const Place at(logits, row_tile, j);
-    kept_pairs(logits, at, scratch);
-    for (int64_t i = 0; i < at.rows; ++i) {
-      int64_t here = 0;
-      for (int64_t w = 0; w < kBitWords; ++w) here += __builtin_popcountll(scratch.bits[i * kBitWords + w]);
-      kept[i] = (j > 0 ? kept[i] : 0) + here;
-    }
-  }
-}
-
-template <typename T>
 void pack(Element element, const Matrix& matrix, int64_t begin, int64_t end, const uint8_t* alive, int64_t panel, T* out) {
   with_kind<T>(element, [&](auto kind) {
     pack_rows<typename decltype(kind)::Dot>(static_cast<const typename decltype(kind)::Raw*>(matrix.values), matrix.stride,
@@ -170,7 +156,7 @@ void pack(Element element, const Matrix& matrix, int64_t begin, int64_t end, con
 }
 
 template <typename T>
-constexpr InfoNceBackward<T> kKernels = {kPanel<Plain<T>>, pack<T>, count_kept<T>, row_gradients<T>, key_sums<T>, key_gradients<T>};
+constexpr InfoNceBackward<T> kKernels = {kPanel<Plain<T>>, pack<T>, row_gradients<T>, key_sums<T>, key_gradients<T>};
 
 }  // namespace
 

@@ -120,7 +120,7 @@ double exact_weight(const Backward<T>& task, int64_t r, int64_t j) {
   };
   double weight = term(slopes.row_slope[r], slopes.row_ref[r]);
   if (slopes.column_slope != nullptr) weight += term(slopes.column_slope[j], slopes.column_ref[j]);
-  return slopes.mean_slope != nullptr ? weight + static_cast<double>(slopes.mean_slope[r]) : weight;
+  return slopes.total_slope != nullptr ? weight + static_cast<double>(slopes.total_slope[r]) : weight;
 }
 
 // Zero for a pair of what write_for_rows and write_for_keys wrote.

@@ -69,6 +69,8 @@ class Sums {
   Buffer<T> ref_, sum_;
 };
 
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+
 // Σ over strips of what each strip counted, [strip][rows].
 template <typename N>
 N over_strips(const std::vector<N>& counted, int64_t strips, int64_t rows, int64_t row) {
@@ -78,9 +80,7 @@ N over_strips(const std::vector<N>& counted, int64_t strips, int64_t rows, int64
 }
 
 template <typename T>
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(const Arguments& arguments, bool need_mean,
-                                                                      bool need_rank, bool save,
-                                                                      int64_t workspace_bytes) {
+Results forward_as(const Arguments& arguments, bool need_total, bool need_rank, bool save, int64_t workspace_bytes) {
   Problem<T> problem(arguments);
   problem.pack_logits();
   const int64_t rows = problem.query.rows, columns = problem.key.rows;
@@ -88,7 +88,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(const Argu
   const auto made = [&](int64_t size, ScalarType type) { return torch::stable::new_empty(arguments.query, {size}, type); };
   Tensor positive = made(rows, ScalarType::Double), row_lse = made(rows, ScalarType::Double);
   Tensor column_lse = made(arguments.symmetric ? columns : 0, ScalarType::Double);
-  Tensor mean = made(need_mean ? rows : 0, ScalarType::Double), rank = made(need_rank ? rows : 0, ScalarType::Long);
+  Tensor total = made(need_total ? rows : 0, ScalarType::Double), kept = made(need_total ? rows : 0, ScalarType::Long);
+  Tensor rank = made(need_rank ? rows : 0, ScalarType::Long);
 
   const int64_t values = exponential_bytes(problem, rows);
   const int64_t logits_bytes = rows * problem.padded_columns() * arguments.query.element_size();
@@ -103,8 +104,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(const Argu
   const Sums<T> row_sums(column_strips, row_tiles * kTileRows);
   const Sums<T> column_sums(arguments.symmetric ? row_strips : 0, column_tiles * kTileColumns);
   const auto counters = [&](bool needed) { return static_cast<size_t>(needed ? column_strips * rows : 0); };
-  std::vector<double> total(counters(need_mean));
-  std::vector<int64_t> kept(counters(need_mean)), above(counters(need_rank));
+  std::vector<double> totals(counters(need_total));
+  std::vector<int64_t> counts(counters(need_total)), above(counters(need_rank));
   std::vector<T> references(static_cast<size_t>(need_rank ? row_tiles * kTileRows : 0));
   if (need_rank) {
     for_each_task(row_tiles, make_scratch<T>, [&](int64_t tile, const auto& scratch) {
@@ -122,9 +123,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(const Argu
       tile.columns = column_sums.strip(row_strip, column_begin * kTileColumns, column_end * kTileColumns);
     }
     tile.keep = saved.numel() > 0 ? &keep : nullptr;
-    if (need_mean) {
-      tile.total = total.data() + column_strip * rows;
-      tile.kept = kept.data() + column_strip * rows;
+    if (need_total) {
+      tile.total = totals.data() + column_strip * rows;
+      tile.kept = counts.data() + column_strip * rows;
     }
     if (need_rank) {
       tile.positive = references.data();
@@ -145,12 +146,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(const Argu
       const bool term = problem.has_term(i);
       to_positive[i] = positives[i];
       to_row[i] = term ? row_sums.log(i) : -std::numeric_limits<double>::infinity();
-      if (need_mean) {
-        const double sum = over_strips(total, column_strips, rows, i) * kLn2 + positives[i];
-        doubles(mean)[i] = term ? sum / static_cast<double>(over_strips(kept, column_strips, rows, i) + 1) : 0.0;
+      if (need_total) {
+        doubles(total)[i] = term ? over_strips(totals, column_strips, rows, i) * kLn2 + positives[i] : 0.0;
+        integers(kept)[i] = term ? over_strips(counts, column_strips, rows, i) + 1 : 0;
       }
       if (need_rank) {
-        static_cast<int64_t*>(rank.mutable_data_ptr())[i] = term ? over_strips(above, column_strips, rows, i) : -1;
+        integers(rank)[i] = term ? over_strips(above, column_strips, rows, i) : -1;
       }
     }
   });
@@ -160,20 +161,20 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward_as(const Argu
       for (int64_t j = begin; j < end; ++j) to_column[j] = column_sums.log(j);
     });
   }
-  return {positive, row_lse, column_lse, mean, rank, saved};
+  return {positive, row_lse, column_lse, total, kept, rank, saved};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> forward(
+Results forward(
     const Tensor& query, const Tensor& key, const Tensor& scale, const std::optional<Tensor>& target,
     const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask, const std::optional<Tensor>& query_ids,
     const std::optional<Tensor>& key_ids, const std::optional<Tensor>& exclude_offsets,
     const std::optional<Tensor>& exclude_positions, const std::optional<Tensor>& log_q, bool symmetric, bool normalize,
-    bool need_mean, bool need_rank, bool save, int64_t workspace_bytes) {
+    bool need_total, bool need_rank, bool save, int64_t workspace_bytes) {
   const Arguments arguments{query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
                             exclude_positions, log_q, symmetric, normalize};
   return query.scalar_type() == ScalarType::Double
-             ? forward_as<double>(arguments, need_mean, need_rank, save, workspace_bytes)
-             : forward_as<float>(arguments, need_mean, need_rank, save, workspace_bytes);
+             ? forward_as<double>(arguments, need_total, need_rank, save, workspace_bytes)
+             : forward_as<float>(arguments, need_total, need_rank, save, workspace_bytes);
 }
 
 }  // namespace

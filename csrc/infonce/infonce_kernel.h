@@ -84,7 +84,7 @@ struct ForwardTile {
   int64_t* rank;                    // [rows]: how many logits are above `positive`, added to; or null
 };
 
-// dLoss/dS_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + mean_slope_i over the kept pairs,
+// dLoss/dS_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + total_slope_i over the kept pairs,
 // whole refs.
 template <typename T>
 struct Slopes {
@@ -92,7 +92,7 @@ struct Slopes {
   const T* row_ref;       // [rows]
   const T* column_slope;  // [columns, padded to a tile], both or neither
   const T* column_ref;
-  const T* mean_slope;    // [rows] or null
+  const T* total_slope;    // [rows] or null
 };
 
 template <typename T>
@@ -163,8 +163,6 @@ struct InfoNceBackward {
   int64_t panel_columns;  // kPanel
   // The rows [begin, end) of a matrix into panels that are `panel` words apart; rows that are not alive become zero.
   void (*pack_rows)(Element, const Matrix&, int64_t begin, int64_t end, const uint8_t* alive, int64_t panel, T* rows);
-  // How many keys each row of a row of tiles keeps.
-  void (*count_kept)(const Logits<T>&, int64_t row_tile, Scratch<T>&, int64_t* kept);
   // The gradients of the rows of a part of a row of tiles; `sums` has kTileRows x padded_width.
   void (*row_gradients)(const Backward<T>&, const Finish<T>&, const Part&, Scratch<T>&, T* sums);
   // Adds the rows of `exponentials` to the sums of the keys of a part of a column of tiles.

@@ -53,6 +53,7 @@ std::unique_ptr<Scratch<T>> make_scratch() {
 }
 
 inline double* doubles(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
+inline int64_t* integers(const Tensor& tensor) { return static_cast<int64_t*>(tensor.mutable_data_ptr()); }
 
 template <typename T>
 class Problem {

@@ -1,5 +1,5 @@
 // InfoNCE, the backward: the weights of a tile's pairs,
-//     W_ij = e_ij (row_slope_i 2^(n_i − row_ref_i) + column_slope_j 2^(n_i − column_ref_j)) + mean_slope_i
+//     W_ij = e_ij (row_slope_i 2^(n_i − row_ref_i) + column_slope_j 2^(n_i − column_ref_j)) + total_slope_i
 // as the left operand of a product.
 //
 // 2^(n_i − column_ref_j) is the product of a row's and a key's factor, taken around the tile's highest n. Where a tile's
@@ -19,13 +19,13 @@ struct KeptRow {
   using V = Vec<T>;
   const Raw* e;
   const T* column_slope;
-  V slope, shift, mean;
-  bool has_mean;
+  V slope, shift, total;
+  bool has_total;
 
   MMREC_INLINE V at(int64_t c) const {
     const V zero = broadcast(T(0)), x = load(e + c);
     const V w = mul(x, fma(shift, load(column_slope + c), slope));
-    return has_mean ? add(w, select(greater(x, zero), mean, zero)) : w;
+    return has_total ? add(w, select(greater(x, zero), total, zero)) : w;
   }
 };
 
@@ -73,9 +73,9 @@ struct KeptTile {
 
   MMREC_INLINE KeptRow<Raw, T> operator()(int64_t i) const {
     const int64_t r = row + i;
-    const bool has_mean = slopes.mean_slope != nullptr;
+    const bool has_total = slopes.total_slope != nullptr;
     return {values + i * padded_columns, column_slope, broadcast(slopes.row_slope[r] * power[i]), broadcast(shift[i]),
-            broadcast(has_mean ? slopes.mean_slope[r] : T(0)), has_mean};
+            broadcast(has_total ? slopes.total_slope[r] : T(0)), has_total};
   }
 };
 
@@ -89,11 +89,11 @@ struct MadeRow {
   const T* dots;
   const uint64_t* bits;  // or null
   int64_t column;
-  V slope, minus_ref, mean;
+  V slope, minus_ref, total;
 
   MMREC_INLINE V at(int64_t c) const {
     const V zero = broadcast(T(0)), dot = load(dots + c);
-    V w = fma(slope, exp2<T, true>(row.less(logits, column + c, dot, minus_ref)), mean);
+    V w = fma(slope, exp2<T, true>(row.less(logits, column + c, dot, minus_ref)), total);
     if (slopes.column_slope != nullptr) {
       const V minus_column_ref = sub(zero, load(slopes.column_ref + column + c));
       w = fma(load(slopes.column_slope + column + c), exp2<T, true>(row.less(logits, column + c, dot, minus_column_ref)), w);
@@ -124,7 +124,7 @@ struct MadeTile {
     const Slopes<T>& slopes = task.slopes;
     return {task.logits, slopes, LogitRow<per_key, T>(task.logits, r), scratch.tile + i * kTileStride,
             scratch.masked[i] ? scratch.bits + i * kBitWords : nullptr, place.column, broadcast(slopes.row_slope[r]),
-            broadcast(-slopes.row_ref[r]), broadcast(slopes.mean_slope != nullptr ? slopes.mean_slope[r] : T(0))};
+            broadcast(-slopes.row_ref[r]), broadcast(slopes.total_slope != nullptr ? slopes.total_slope[r] : T(0))};
   }
 };
 

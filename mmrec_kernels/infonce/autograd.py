@@ -35,22 +35,26 @@ class Problem(NamedTuple):
 
 
 class Terms(NamedTuple):
-    """What the loss is made of: all `[Nq]` but `column_lse [Nk]`; `[0]` where not asked for."""
+    """What the loss is made of: all `[Nq]` but `column_lse [Nk]`; `[0]` where not asked for.
+
+    `total` and `kept` are the sum and the number of a row's kept logits, the positive among them.
+    """
 
     positive: Tensor
     row_lse: Tensor
     column_lse: Tensor
-    mean: Tensor
+    total: Tensor
+    kept: Tensor
     rank: Tensor
 
 
-def terms(problem: Problem, *, need_mean: bool, need_rank: bool, workspace_bytes: int) -> Terms:
+def terms(problem: Problem, *, need_total: bool, need_rank: bool, workspace_bytes: int) -> Terms:
     """Run the forward, with autograd only if a gradient is needed."""
     differentiable = (problem.query, problem.key, problem.scale, problem.log_q)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
-        return Terms(*_InfoNCE.apply(*_distinct(problem), need_mean, need_rank, workspace_bytes))
+        return Terms(*_InfoNCE.apply(*_distinct(problem), need_total, need_rank, workspace_bytes))
     detached = [t.detach() if isinstance(t, Tensor) else t for t in problem]
-    return Terms(*library.call(schemas.infonce_forward, *detached, need_mean, need_rank, False, workspace_bytes)[:5])
+    return Terms(*library.call(schemas.infonce_forward, *detached, need_total, need_rank, False, workspace_bytes)[:6])
 
 
 def _distinct(arguments: Sequence[Any]) -> list[Any]:
@@ -65,15 +69,15 @@ def _distinct(arguments: Sequence[Any]) -> list[Any]:
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *problem, need_mean, need_rank, workspace_bytes = args
+        *problem, need_total, need_rank, workspace_bytes = args
         # The GPU kernels keep nothing of size Nq·Nk: they make the logits again.
         save = not problem[0].is_cuda
-        *outputs, saved = library.call(schemas.infonce_forward, *problem, need_mean, need_rank, save, workspace_bytes)
+        *outputs, saved = library.call(schemas.infonce_forward, *problem, need_total, need_rank, save, workspace_bytes)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(outputs[4])
+        ctx.mark_non_differentiable(outputs[4], outputs[5])
         ctx.save_for_backward(*problem[:11], outputs[1], outputs[2], saved)
         ctx.symmetric, ctx.normalize = problem[11:]
-        ctx.need_mean, ctx.workspace_bytes = need_mean, workspace_bytes
+        ctx.need_total, ctx.workspace_bytes = need_total, workspace_bytes
         return tuple(outputs)
 
     @staticmethod
@@ -81,7 +85,7 @@ class _InfoNCE(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, row_lse, column_lse, saved = ctx.saved_tensors
         # torch.compile hands over zeros for what nobody used, the empty outputs too.
-        asked = (True, True, ctx.symmetric, ctx.need_mean)
+        asked = (True, True, ctx.symmetric, ctx.need_total)
         upstream = [
             g.contiguous() if used and g is not None else None for g, used in zip(grads[:4], asked, strict=True)
         ]

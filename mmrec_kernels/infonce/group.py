@@ -50,7 +50,7 @@ def _info_nce(
     ranks, ones = len(counts), [1] * len(counts)
     offset = sum(counts[: dist.get_rank(group)])
     whole = _with_all_keys(problem, offset, counts, group)
-    result = terms(whole, need_mean=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
+    result = terms(whole, need_total=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
     if problem.symmetric:
         partials = _AllGather.apply(result.column_lse[None], ones, group)
         mine = partials[:, offset : offset + problem.key.shape[0]]

@@ -56,7 +56,7 @@ def row_losses(
         positive = positive + _log_q_of_target(problem, problem.log_q, found)
     row = softplus(result.row_lse - positive)
     if label_smoothing:
-        uniform = torch.logaddexp(result.row_lse, result.positive) - result.mean
+        uniform = torch.logaddexp(result.row_lse, result.positive) - result.total / result.kept.clamp_min(1)
         row = (1.0 - label_smoothing) * row + label_smoothing * uniform
     if not problem.symmetric:
         return row
@@ -128,7 +128,7 @@ def info_nce(
         # No term anywhere: the columns that the op sums have no target either, so nothing of these is read.
         some = found.any().expand(found.shape)
         problem = problem._replace(query_mask=some if problem.query_mask is None else problem.query_mask & some)
-    result = terms(problem, need_mean=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
+    result = terms(problem, need_total=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
     losses = row_losses(problem, result, found, label_smoothing, log_q_of_positive)
     weighted, total_weight = weigh(losses, weight, found)
     value = reduce(problem, weighted, total_weight, reduction)

@@ -1,12 +1,12 @@
 """InfoNCE: the mathematics, in plain torch and in any dtype. The oracle of the tests and the fallback.
 
-    S_ij = scale_i · q_i · k_j − log_q_j      over the kept pairs; the positive of row i is (i, t_i), n_i its kept keys
+    S_ij = scale_i · q_i · k_j − log_q_j      over the kept pairs; the positive of row i is (i, t_i)
     positive_i = S_{i,t_i}                    row_lse_i = LSE_{j ≠ t_i} S_ij
-    mean_i = Σ_j S_ij / n_i                   column_lse_j = LSE_{i: t_i ≠ j} S_ij
+    total_i = Σ_j S_ij                        column_lse_j = LSE_{i: t_i ≠ j} S_ij
 
-Both directions share their negatives: the kept pairs (i, j) with j ≠ t_i. With the gradients p, r, m, c of the four,
+Both directions share their negatives: the kept pairs (i, j) with j ≠ t_i. With the gradients p, r, t, c of the four,
 
-    dS_ij = r_i · e^{S_ij − row_lse_i} + c_j · e^{S_ij − column_lse_j} + m_i / n_i      dS_{i,t_i} = p_i + m_i / n_i
+    dS_ij = r_i · e^{S_ij − row_lse_i} + c_j · e^{S_ij − column_lse_j} + t_i      dS_{i,t_i} = p_i + t_i
     u_i = Σ_j dS_ij k_j      dq_i = scale_i · u_i             dscale_i = q_i · u_i
                              dk_j = Σ_i dS_ij scale_i q_i     dlog_q_j = −Σ_i dS_ij
 
@@ -68,18 +68,19 @@ def forward(
     log_q: Tensor | None,
     symmetric: bool,
     normalize: bool,
-    need_mean: bool,
+    need_total: bool,
     need_rank: bool,
     save: bool,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """(positive, row_lse, column_lse, mean, rank, saved); 0, −inf, 0 and −1 in a row that has no term."""
+) -> tuple[Tensor, ...]:
+    """(positive, row_lse, column_lse, total, kept, rank, saved); 0, −inf, 0, 0 and −1 in a row that has no term."""
     rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
     wide = infonce_terms_dtype(query.device)
     positive = query.new_zeros(rows, dtype=wide)
     row_lse = query.new_full((rows,), -torch.inf, dtype=wide)
     column_lse = query.new_full((columns if symmetric else 0,), -torch.inf, dtype=wide)
-    mean = query.new_zeros(rows if need_mean else 0, dtype=wide)
+    total = query.new_zeros(rows if need_total else 0, dtype=wide)
+    kept = query.new_zeros(rows if need_total else 0, dtype=torch.int64)
     rank = query.new_full((rows if need_rank else 0,), -1, dtype=torch.int64)
     size = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
     saved = query.new_empty(size, dtype=torch.uint8)
@@ -94,20 +95,20 @@ def forward(
             row_lse[block] = torch.logsumexp(logits, 1).masked_fill_(~has_term, -torch.inf)
             if symmetric:
                 column_lse = torch.logaddexp(column_lse, torch.logsumexp(logits, 0).to(wide))
-            if need_mean:
-                kept = logits != -torch.inf
-                total = torch.where(kept, logits, 0.0).sum(1) + found
-                mean[block] = (total / (kept.sum(1) + 1)).masked_fill_(~has_term, 0.0)
+            if need_total:
+                negative = logits != -torch.inf
+                total[block] = (torch.where(negative, logits, 0.0).sum(1) + found).masked_fill_(~has_term, 0.0)
+                kept[block] = (negative.sum(1) + 1).masked_fill_(~has_term, 0)
             if need_rank:
                 rank[block] = (logits > found[:, None]).sum(1).masked_fill_(~has_term, -1)
-    return positive, row_lse, column_lse, mean, rank, saved
+    return positive, row_lse, column_lse, total, kept, rank, saved
 
 
 def backward(
     grad_positive: Tensor | None,
     grad_row_lse: Tensor | None,
     grad_column_lse: Tensor | None,
-    grad_mean: Tensor | None,
+    grad_total: Tensor | None,
     query: Tensor,
     key: Tensor,
     scale: Tensor,
@@ -135,8 +136,8 @@ def backward(
     need_u = need_query or need_scale
     kept_logits = _kept_logits(saved, rows, columns, query.dtype)
     row_lse, column_lse = row_lse.to(dtype), column_lse.to(dtype)
-    grad_row_lse, grad_column_lse, grad_mean = (
-        None if grad is None else grad.to(dtype) for grad in (grad_row_lse, grad_column_lse, grad_mean)
+    grad_row_lse, grad_column_lse, grad_total = (
+        None if grad is None else grad.to(dtype) for grad in (grad_row_lse, grad_column_lse, grad_total)
     )
     with torch.autocast(query.device.type, enabled=False):
         p = _problem(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
@@ -153,10 +154,9 @@ def backward(
                 slope = torch.zeros_like(logits)
             if grad_column_lse is not None:
                 slope += _softmax(logits, column_lse, grad_column_lse, 0)
-            if grad_mean is not None:
-                kept = logits != -torch.inf
-                share = torch.where(p.has_term[block], grad_mean[block] / (kept.sum(1) + 1), 0.0)
-                slope += torch.where(kept, share[:, None], 0.0)
+            if grad_total is not None:
+                share = torch.where(p.has_term[block], grad_total[block], 0.0)
+                slope += torch.where(logits != -torch.inf, share[:, None], 0.0)
                 slope_of_positive[block] += share
             block_query, block_key = _readable(p, block, logits)
             if need_u:

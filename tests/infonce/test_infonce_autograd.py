@@ -118,13 +118,13 @@ def test_opcheck_of_the_raw_ops(dtype: torch.dtype, full: bool, workspace_bytes:
         tests.append("test_aot_dispatch_dynamic")
     forward = (*problem, full, full, True, workspace_bytes)
     torch.library.opcheck(schemas.infonce_forward, forward, test_utils=tests)
-    positive, row_lse, column_lse, mean, rank, saved = schemas.infonce_forward(*forward)
-    assert positive.dtype == row_lse.dtype == column_lse.dtype == mean.dtype == torch.float64
+    positive, row_lse, column_lse, total, kept, rank, saved = schemas.infonce_forward(*forward)
+    assert positive.dtype == row_lse.dtype == column_lse.dtype == total.dtype == torch.float64
     # The four rows' exponentials, padded to 32 keys, their references and the mark of the one tile.
     size = 4 * 32 * dtype.itemsize + (4 + 1) * schemas.statistics_dtype(dtype).itemsize
     assert saved.numel() == (size if workspace_bytes > 8 else 0)
-    assert rank.shape == mean.shape == ((4,) if full else (0,)) and column_lse.shape == ((6,) if full else (0,))
-    grads = (torch.rand_like(positive), torch.rand_like(row_lse), torch.rand_like(column_lse), torch.rand_like(mean))
+    assert rank.shape == kept.shape == total.shape == ((4,) if full else (0,)) and column_lse.shape == ((6,) if full else (0,))
+    grads = (torch.rand_like(positive), torch.rand_like(row_lse), torch.rand_like(column_lse), torch.rand_like(total))
     upstream = grads if full else (*grads[:2], None, None)
     for needs in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):
         backward = (*upstream, *problem, row_lse, column_lse, saved, *needs, workspace_bytes)

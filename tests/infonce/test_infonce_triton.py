@@ -184,7 +184,7 @@ POINTERS = {
     "key_ids": "*i32", "listed_rows": "*i32", "listed_keys": "*i32", "kept": "*i32", "rank": "*i32",
 }  # fmt: skip
 MASKED = ("kappa", "bias", "query_ids", "key_ids", "listed_rows", "listed_keys", "tile_offsets", "log_q")
-UNUSED = ("positive", "total", "kept", "rank", "mean_slope")
+UNUSED = ("positive", "total", "kept", "rank", "total_slope")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 
@@ -198,7 +198,7 @@ def compiled(name: str, dtype: str, width: int, masked: bool, capability: int) -
     warps, stages = blocks.pop("num_warps"), blocks.pop("num_stages")
     flags = ("HAS_KAPPA", "HAS_BIAS", "HAS_IDS", "HAS_EXCLUDE", "NEED_LOG_Q")
     constants: dict[str, Any] = {
-        **dict.fromkeys(flags, masked), "SYMMETRIC": True, "FOLD": True, "HAS_MEAN": False, "NEED_MEAN": False,
+        **dict.fromkeys(flags, masked), "SYMMETRIC": True, "FOLD": True, "HAS_TOTAL": False, "NEED_TOTAL": False,
         "NEED_RANK": False, "PRECISION": "ieee", "UPCAST": False, **blocks,
     }  # fmt: skip
     absent = UNUSED if masked else (*UNUSED, *MASKED)

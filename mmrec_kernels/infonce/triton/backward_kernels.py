@@ -1,6 +1,6 @@
 """InfoNCE: the Triton kernels of the backward.
 
-Backward: dLoss/dS_ij = W_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + mean_slope_i.
+Backward: dLoss/dS_ij = W_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + total_slope_i.
 Norms belong to W in the products (FOLD), except in float16, whose numbers they may leave; there the other operand takes
 them, as unit rows. Narrow rows: one kernel owns rows and walks the keys, another owns keys and walks the rows, both
 with the whole width in registers: logits twice and two products, 8·Nq·Nk·D flops, nothing of size Nq·Nk. Wide rows: W
@@ -21,7 +21,7 @@ _RANGE = tl.constexpr(100.0)
 @triton.jit
 def _weights(
     acc, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
-    mean_slope_ptr, HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MEAN: tl.constexpr,
+    total_slope_ptr, HAS_BIAS: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_TOTAL: tl.constexpr,
 ):  # fmt: skip
     """W of a tile. One exponential where the references of its rows and keys lie within 2^_RANGE of each other."""
     row_slope = tl.load(row_slope_ptr + offs_m, in_m, 0.0)
@@ -49,8 +49,8 @@ def _weights(
             w = e * (row_slope[:, None] + by_row[:, None] * by_key[None, :])
     else:
         w = row_slope[:, None] * tl.exp2(less(acc, sigma, rest, bias, row_ref[:, None], HAS_BIAS))
-    if HAS_MEAN:
-        w += tl.load(mean_slope_ptr + offs_m, in_m, 0.0)[:, None]
+    if HAS_TOTAL:
+        w += tl.load(total_slope_ptr + offs_m, in_m, 0.0)[:, None]
     return tl.where(acc != LEFT_OUT, w, 0.0)
 
 
@@ -58,8 +58,8 @@ def _weights(
 def _tile_weights(
     products, sigma, rest, kappa_ptr, bias_ptr, offs_m, offs_n, read_m, read_n, in_m, in_n, target_ptr, query_ids_ptr,
     key_ids_ptr, listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, tile, row_slope_ptr, row_ref_ptr,
-    column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr,
-    HAS_IDS: tl.constexpr, HAS_EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_MEAN: tl.constexpr,
+    column_slope_ptr, column_ref_ptr, total_slope_ptr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr,
+    HAS_IDS: tl.constexpr, HAS_EXCLUDE: tl.constexpr, SYMMETRIC: tl.constexpr, HAS_TOTAL: tl.constexpr,
 ):  # fmt: skip
     """W of a tile from its dot products, and the products with what is left out marked."""
     products, bias = by_key(products, kappa_ptr, bias_ptr, offs_n, in_n, HAS_KAPPA, HAS_BIAS)
@@ -67,7 +67,7 @@ def _tile_weights(
                           key_ids_ptr, listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, tile, HAS_IDS,
                           HAS_EXCLUDE)  # fmt: skip
     w = _weights(products, sigma, rest, bias, offs_m, offs_n, in_m, in_n, row_slope_ptr, row_ref_ptr, column_slope_ptr,
-                 column_ref_ptr, mean_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_MEAN)  # fmt: skip
+                 column_ref_ptr, total_slope_ptr, HAS_BIAS, SYMMETRIC, HAS_TOTAL)  # fmt: skip
     return w, products
 
 
@@ -75,9 +75,9 @@ def _tile_weights(
 def query_sums_kernel(
     q_ptr, k_ptr, sigma_ptr, kappa_ptr, bias_ptr, row_read_ptr, key_read_ptr, target_ptr, query_ids_ptr, key_ids_ptr,
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
-    mean_slope_ptr, out_ptr, rows, columns, width, q_stride, k_stride,
+    total_slope_ptr, out_ptr, rows, columns, width, q_stride, k_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_TOTAL: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """u_i = Σ_j W_ij kappa_j k_j, float32 [rows, width]: a program owns rows and walks the keys."""
@@ -100,8 +100,8 @@ def query_sums_kernel(
         w, products = _tile_weights(products, sigma, rest, kappa_ptr, bias_ptr, offs_m, offs_n, read_m, read_n,
                                     in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr, listed_rows_ptr,
                                     listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + j, row_slope_ptr,
-                                    row_ref_ptr, column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_KAPPA,
-                                    HAS_BIAS, HAS_IDS, HAS_EXCLUDE, SYMMETRIC, HAS_MEAN)  # fmt: skip
+                                    row_ref_ptr, column_slope_ptr, column_ref_ptr, total_slope_ptr, HAS_KAPPA,
+                                    HAS_BIAS, HAS_IDS, HAS_EXCLUDE, SYMMETRIC, HAS_TOTAL)  # fmt: skip
         if HAS_KAPPA:
             kappa = tl.load(kappa_ptr + offs_n, in_n, 1.0)
             if FOLD:
@@ -119,9 +119,9 @@ def query_sums_kernel(
 def key_sums_kernel(
     q_ptr, k_ptr, sigma_ptr, kappa_ptr, bias_ptr, row_read_ptr, key_read_ptr, target_ptr, query_ids_ptr, key_ids_ptr,
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
-    mean_slope_ptr, row_factor_ptr, out_ptr, log_q_ptr, rows, columns, width, q_stride, k_stride,
+    total_slope_ptr, row_factor_ptr, out_ptr, log_q_ptr, rows, columns, width, q_stride, k_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_TOTAL: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """Σ_i W_ij row_factor_i q_i, float32 [columns, width], and Σ_i W_ij: a program owns keys and walks the rows."""
@@ -145,8 +145,8 @@ def key_sums_kernel(
         w, products = _tile_weights(products, sigma, rest, kappa_ptr, bias_ptr, offs_m, offs_n, read_m, read_n,
                                     in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr, listed_rows_ptr,
                                     listed_keys_ptr, tile_offsets_ptr, i * column_tiles + column_tile, row_slope_ptr,
-                                    row_ref_ptr, column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_KAPPA,
-                                    HAS_BIAS, HAS_IDS, HAS_EXCLUDE, SYMMETRIC, HAS_MEAN)  # fmt: skip
+                                    row_ref_ptr, column_slope_ptr, column_ref_ptr, total_slope_ptr, HAS_KAPPA,
+                                    HAS_BIAS, HAS_IDS, HAS_EXCLUDE, SYMMETRIC, HAS_TOTAL)  # fmt: skip
         if NEED_LOG_Q:
             log_q += tl.sum(w, 0)
         factor = tl.load(row_factor_ptr + offs_m, read_m, 0.0)
@@ -167,9 +167,9 @@ def key_sums_kernel(
 def weights_kernel(
     q_ptr, k_ptr, sigma_ptr, kappa_ptr, bias_ptr, row_read_ptr, key_read_ptr, target_ptr, query_ids_ptr, key_ids_ptr,
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
-    mean_slope_ptr, out_ptr, log_q_ptr, first_tile, row_tiles, rows, columns, width, q_stride, k_stride, out_stride,
+    total_slope_ptr, out_ptr, log_q_ptr, first_tile, row_tiles, rows, columns, width, q_stride, k_stride, out_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_MEAN: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_TOTAL: tl.constexpr, FOLD: tl.constexpr, NEED_LOG_Q: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """W_ij kappa_j of `row_tiles` tiles of rows from `first_tile` on, in the dtype of the output, and the sums of W
@@ -191,8 +191,8 @@ def weights_kernel(
     w, acc = _tile_weights(acc, sigma, rest, kappa_ptr, bias_ptr, offs_m, offs_n, read_m, read_n,
                            in_m, in_n, target_ptr, query_ids_ptr, key_ids_ptr, listed_rows_ptr,
                            listed_keys_ptr, tile_offsets_ptr, row_tile * column_tiles + column_tile, row_slope_ptr,
-                           row_ref_ptr, column_slope_ptr, column_ref_ptr, mean_slope_ptr, HAS_KAPPA,
-                           HAS_BIAS, HAS_IDS, HAS_EXCLUDE, SYMMETRIC, HAS_MEAN)  # fmt: skip
+                           row_ref_ptr, column_slope_ptr, column_ref_ptr, total_slope_ptr, HAS_KAPPA,
+                           HAS_BIAS, HAS_IDS, HAS_EXCLUDE, SYMMETRIC, HAS_TOTAL)  # fmt: skip
     if NEED_LOG_Q:
         tl.store(log_q_ptr + local_tile.to(tl.int64) * columns + offs_n, tl.sum(w, 0), in_n)
     if HAS_KAPPA and FOLD:

@@ -28,7 +28,7 @@ def _slopes(grad: Tensor | None, lse: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def backward(
-    grad_positive: Tensor | None, grad_row_lse: Tensor | None, grad_column_lse: Tensor | None, grad_mean: Tensor | None,
+    grad_positive: Tensor | None, grad_row_lse: Tensor | None, grad_column_lse: Tensor | None, grad_total: Tensor | None,
     query: Tensor, key: Tensor, scale: Tensor, target: Tensor | None, query_mask: Tensor | None,
     key_mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, exclude_offsets: Tensor | None,
     exclude_positions: Tensor | None, log_q: Tensor | None, symmetric: bool, normalize: bool, row_lse: Tensor,
@@ -39,16 +39,16 @@ def backward(
     p = prepare(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
                  exclude_positions, log_q, symmetric, normalize)  # fmt: skip
     rows, columns, width = query.shape[0], key.shape[0], query.shape[1]
-    mean_slope = None
+    total_slope = None
     positive = p.scale.new_zeros(rows) if grad_positive is None else grad_positive.to(torch.float64)
-    if grad_mean is not None:
-        share = torch.where(p.has_term, grad_mean / (_count_kept(p) + 1), 0.0)
-        positive, mean_slope = positive + share, share.to(torch.float32)
+    if grad_total is not None:
+        share = torch.where(p.has_term, grad_total, 0.0)
+        positive, total_slope = positive + share, share.to(torch.float32)
     positive = torch.where(p.has_term, positive, 0.0)
     slopes: tuple[Tensor | None, ...] = (
         *_slopes(grad_row_lse, row_lse, rows),
         *(_slopes(grad_column_lse, column_lse, columns) if grad_column_lse is not None else (None, None)),
-        mean_slope,
+        total_slope,
     )
     row_factor = p.scale if p.query_norm is None else p.scale / p.query_norm.clamp_min(NORM_EPS)
     row_factor = finite_or_one(row_factor).to(torch.float32)
@@ -84,36 +84,13 @@ def _in_range(
     were divided. A mean over a large batch would make them too small, and so does a large catalogue."""
     if dtype != torch.float16:
         return slopes, None
-    row, row_ref, column, column_ref, mean = slopes
-    size = torch.stack([s.abs().amax() for s in (row, column, mean) if s is not None]).amax()
+    row, row_ref, column, column_ref, total = slopes
+    size = torch.stack([s.abs().amax() for s in (row, column, total) if s is not None]).amax()
     size = torch.where(size > 0, size, 1.0) / 2.0**12
     if row_factor is not None:
         size = size * row_factor.abs().amax().clamp_min(1.0)
-    row, column, mean = (None if s is None else s / size for s in (row, column, mean))
-    return (row, row_ref, column, column_ref, mean), size
-
-
-def _count_kept(p: Prepared) -> Tensor:
-    """Negatives of each row. O(Nq·Nk) comparisons by plain torch, in chunks; only label smoothing asks for it."""
-    rows, columns = p.query.shape[0], p.key.shape[0]
-    if p.key_ids is None and p.listed is None:
-        return p.key_read.sum() * p.row_read - p.has_term.to(torch.int64)
-    step = max(1, 2**24 // max(columns, 1))
-    counts = []
-    for start in range(0, rows, step):
-        block = slice(start, start + step)
-        keep = (p.row_read[block, None] & p.key_read).bool()
-        keep &= torch.arange(columns, device=keep.device) != p.target[block, None]
-        if p.query_ids is not None and p.key_ids is not None:
-            keep &= p.query_ids[block, None] != p.key_ids
-        if p.listed is not None:
-            row, key = p.listed
-            here = (row >= start) & (row < start + keep.shape[0])
-            hit = keep.new_zeros(keep.numel() + 1)
-            hit.index_fill_(0, torch.where(here, (row - start) * columns + key, keep.numel()), True)
-            keep &= ~hit[:-1].view(keep.shape)
-        counts.append(keep.sum(1))
-    return torch.cat(counts) if counts else p.target
+    row, column, total = (None if s is None else s / size for s in (row, column, total))
+    return (row, row_ref, column, column_ref, total), size
 
 
 def _owner_sums(
@@ -129,7 +106,7 @@ def _owner_sums(
             (columns, need_log_q),
         )
     )
-    flags = {"SYMMETRIC": slopes[2] is not None, "HAS_MEAN": slopes[4] is not None, "FOLD": p.folds, **p.flags}
+    flags = {"SYMMETRIC": slopes[2] is not None, "HAS_TOTAL": slopes[4] is not None, "FOLD": p.folds, **p.flags}
     if need_rows:
         blocks = launch_sizes("query_sums", width, p.query.dtype)
         kernels.query_sums_kernel[(triton.cdiv(rows, blocks["BLOCK_M"]),)](
@@ -179,7 +156,7 @@ def _chunk_sums(
         here = min(step, row_tiles - first)
         kernels.weights_kernel[(here * column_tiles,)](
             *p.pointers, *listed, *slopes, weights, log_q_parts, first, here, *p.sizes, weights.stride(0),
-            SYMMETRIC=slopes[2] is not None, HAS_MEAN=slopes[4] is not None, FOLD=p.folds, NEED_LOG_Q=need_log_q,
+            SYMMETRIC=slopes[2] is not None, HAS_TOTAL=slopes[4] is not None, FOLD=p.folds, NEED_LOG_Q=need_log_q,
             **p.flags, **blocks,
         )  # fmt: skip
         if need_log_q:

@@ -22,7 +22,7 @@ def forward_kernel(
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, positive_ptr, row_ref_ptr, row_sum_ptr, column_ref_ptr,
     column_sum_ptr, total_ptr, kept_ptr, rank_ptr, first_tile, rows, columns, width, q_stride, k_stride, strip_tiles,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, NEED_MEAN: tl.constexpr, NEED_RANK: tl.constexpr, BLOCK_M: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, NEED_TOTAL: tl.constexpr, NEED_RANK: tl.constexpr, BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     row_tile = first_tile + tl.program_id(0)
@@ -53,7 +53,7 @@ def forward_kernel(
         x = tl.where(acc != LEFT_OUT, less(acc, sigma, rest, bias, 0.0, HAS_BIAS), -float("inf"))
         if NEED_RANK:
             above += tl.sum((x > positive[:, None]).to(tl.int32), 1)
-        if NEED_MEAN:
+        if NEED_TOTAL:
             total += tl.sum(tl.where(acc != LEFT_OUT, x, 0.0), 1)
             kept += tl.sum((acc != LEFT_OUT).to(tl.int32), 1)
         highest = tl.max(x, 1)
@@ -79,7 +79,7 @@ def forward_kernel(
     out_m = strip.to(tl.int64) * rows + offs_m
     tl.store(row_ref_ptr + out_m, run_ref, in_m)
     tl.store(row_sum_ptr + out_m, run_sum, in_m)
-    if NEED_MEAN:
+    if NEED_TOTAL:
         tl.store(total_ptr + out_m, total, in_m)
         tl.store(kept_ptr + out_m, kept, in_m)
     if NEED_RANK:

@@ -18,9 +18,9 @@ _MOST_ROW_TILES = 256
 def forward(
     query: Tensor, key: Tensor, scale: Tensor, target: Tensor | None, query_mask: Tensor | None,
     key_mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, exclude_offsets: Tensor | None,
-    exclude_positions: Tensor | None, log_q: Tensor | None, symmetric: bool, normalize: bool, need_mean: bool,
+    exclude_positions: Tensor | None, log_q: Tensor | None, symmetric: bool, normalize: bool, need_total: bool,
     need_rank: bool, save: bool, workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Launcher of `_infonce_forward`."""
     if save:
         raise ValueError("save must be False on GPU: the backward makes the logits again")
@@ -31,11 +31,12 @@ def forward(
     positive = _positives(p, log_q)
     row_lse = query.new_full((rows,), -torch.inf, dtype=dtype)
     column_lse = query.new_full((columns if symmetric else 0,), -torch.inf, dtype=dtype)
-    mean = query.new_zeros(rows if need_mean else 0, dtype=dtype)
+    total = query.new_zeros(rows if need_total else 0, dtype=dtype)
+    kept = query.new_zeros(rows if need_total else 0, dtype=torch.int64)
     rank = query.new_full((rows if need_rank else 0,), -1, dtype=torch.int64)
     saved = query.new_empty(0, dtype=torch.uint8)
     if rows == 0 or columns == 0:
-        return positive, row_lse, column_lse, mean, rank, saved
+        return positive, row_lse, column_lse, total, kept, rank, saved
     blocks = launch_sizes("forward", width, query.dtype)
     row_tiles, column_tiles = triton.cdiv(rows, blocks["BLOCK_M"]), triton.cdiv(columns, blocks["BLOCK_N"])
     strip_tiles = triton.cdiv(column_tiles, _MOST_STRIPS)
@@ -50,8 +51,8 @@ def forward(
     chunks = triton.cdiv(row_tiles, chunk_tiles)
     column_ref, column_sum = (floats(chunk_tiles, columns) if symmetric else None for _ in range(2))
     merged_ref, merged_sum = (floats(chunks, columns) if symmetric and chunks > 1 else None for _ in range(2))
-    total = floats(strips, rows) if need_mean else None
-    kept = query.new_empty((strips, rows), dtype=torch.int32) if need_mean else None
+    totals = floats(strips, rows) if need_total else None
+    counts = query.new_empty((strips, rows), dtype=torch.int32) if need_total else None
     above = query.new_empty((strips, rows), dtype=torch.int32) if need_rank else None
     reference = _rank_references(p, blocks) if need_rank else None
     listed = p.listed_by_tile(blocks["BLOCK_M"], blocks["BLOCK_N"])
@@ -59,9 +60,9 @@ def forward(
         first = c * chunk_tiles
         here = min(chunk_tiles, row_tiles - first)
         kernels.forward_kernel[(here, strips)](
-            *p.pointers, *listed, reference, row_ref, row_sum, column_ref, column_sum, total, kept, above, first,
+            *p.pointers, *listed, reference, row_ref, row_sum, column_ref, column_sum, totals, counts, above, first,
             *p.sizes, strip_tiles,
-            SYMMETRIC=symmetric, NEED_MEAN=need_mean, NEED_RANK=need_rank, **p.flags, **blocks,
+            SYMMETRIC=symmetric, NEED_TOTAL=need_total, NEED_RANK=need_rank, **p.flags, **blocks,
         )  # fmt: skip
         if merged_ref is not None and merged_sum is not None:
             kernels.merge_kernel[(triton.cdiv(columns, 128),)](
@@ -73,12 +74,12 @@ def forward(
         column_ref, column_sum = merged_ref, merged_sum
     if column_ref is not None and column_sum is not None:
         _combine(column_ref, column_sum, column_lse)
-    if total is not None and kept is not None:
-        everything = total.sum(0, dtype=torch.float64) / LOG2E + positive
-        mean = (everything / (kept.sum(0) + 1)).to(dtype).masked_fill_(~p.has_term, 0.0)
+    if totals is not None and counts is not None:
+        total = (totals.sum(0, dtype=torch.float64) / LOG2E + positive).to(dtype).masked_fill_(~p.has_term, 0.0)
+        kept = (counts.sum(0) + 1).masked_fill_(~p.has_term, 0)
     if above is not None:
         rank = above.sum(0).masked_fill_(~p.has_term, -1)
-    return positive, row_lse, column_lse, mean, rank, saved
+    return positive, row_lse, column_lse, total, kept, rank, saved
 
 
 def _positives(p: Prepared, log_q: Tensor | None) -> Tensor:
