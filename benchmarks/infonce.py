@@ -33,11 +33,15 @@ SHAPES: dict[str, tuple[Shape, ...]] = {
         *((n, n, width, False) for n in _SQUARE for width in _WIDTHS),
     ),
 }  # queries, keys, width, masked
+_GPU_SHAPES: tuple[Shape, ...] = tuple((n, n, width, False) for n, width in ((32768, 256), (32768, 768), (65536, 768)))
 
 
 def cases(shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES) -> list[Case]:
     """One case per shape, dtype and mode."""
-    return [case(shape, dtype, device, mode) for shape in SHAPES[shapes] for dtype in dtypes for mode in modes]
+    chosen = SHAPES[shapes]
+    if device == "cuda" and shapes == "full":
+        chosen += _GPU_SHAPES
+    return [case(shape, dtype, device, mode) for shape in chosen for dtype in dtypes for mode in modes]
 
 
 def case(shape: Shape, dtype: str, device: str, mode: str) -> Case:
@@ -84,6 +88,11 @@ def _providers(dtype: str, device: str, mode: str, masked: bool, symmetric: bool
         found.append(Provider("torch linear_cross_entropy, chunked", _linear))
         cut = "cut-cross-entropy, torch_compile" if device == "cpu" else "cut-cross-entropy, cce_exact"
         found.append(Provider(cut, _cut, module="cut_cross_entropy", install="cut-cross-entropy"))
+        if device == "cuda":
+            found.append(Provider("Inf-CL cal_flash_loss", _inf_cl, module="inf_cl", install="inf-cl"))
+    if mode == "full" and device == "cuda":  # its forward makes the gradients
+        liger = "Liger fused linear cross-entropy"
+        found.append(Provider(liger, _liger, module="liger_kernel", install="liger-kernel"))
     if symmetric:
         found.append(Provider("open_clip ClipLoss", _open_clip, module="open_clip", install="open-clip-torch"))
         found.append(
@@ -205,6 +214,21 @@ def _cut(given: Inputs, mode: str) -> Call:
 
     impl = "cce_exact" if given["query"].is_cuda else "torch_compile"
     return _both_ways(given, mode, lambda rows, other, target: linear_cross_entropy(rows, other, target, impl=impl))
+
+
+def _inf_cl(given: Inputs, mode: str) -> Call:
+    """Its kernels multiply heads of up to 256 columns."""
+    from inf_cl import cal_flash_loss
+
+    head = min(given["query"].shape[1], 256)
+    return _both_ways(given, mode, lambda rows, other, target: cal_flash_loss(rows, other, target, None, head).mean())
+
+
+def _liger(given: Inputs, mode: str) -> Call:
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss()
+    return _both_ways(given, mode, lambda rows, other, target: loss(other, rows, target))
 
 
 def _open_clip(given: Inputs, mode: str) -> Call:

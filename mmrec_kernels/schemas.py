@@ -85,7 +85,7 @@ retrieval_topk_stream = _define("_retrieval_topk_stream" + _TOPK_SIGNATURE)(_top
 _INFONCE_PROBLEM = (
     "Tensor query, Tensor key, Tensor scale, Tensor? target, Tensor? query_mask, Tensor? key_mask,"
     " Tensor? query_ids, Tensor? key_ids, Tensor? exclude_offsets, Tensor? exclude_positions, Tensor? log_q,"
-    " bool symmetric, bool normalize"
+    " bool symmetric, bool normalize, bool positives_elsewhere"
 )
 
 
@@ -114,8 +114,9 @@ def infonce_terms_dtype(device: torch.device) -> torch.dtype:
 
 
 @_define(
-    f"_infonce_forward({_INFONCE_PROBLEM}, bool need_total, bool need_rank, bool save, SymInt workspace_bytes)"
-    " -> (Tensor positive, Tensor row_lse, Tensor column_lse, Tensor total, Tensor kept, Tensor rank, Tensor saved)"
+    f"_infonce_forward({_INFONCE_PROBLEM}, Tensor? rank_reference, bool need_total, bool need_rank, bool save,"
+    " SymInt workspace_bytes) -> (Tensor positive, Tensor row_lse, Tensor column_lse, Tensor total, Tensor kept,"
+    " Tensor rank, Tensor reference, Tensor saved)"
 )
 def infonce_forward(
     query: Tensor,
@@ -131,12 +132,19 @@ def infonce_forward(
     log_q: Tensor | None,
     symmetric: bool,
     normalize: bool,
+    positives_elsewhere: bool,
+    rank_reference: Tensor | None,
     need_total: bool,
     need_rank: bool,
     save: bool,
     workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """positive, row_lse, total, kept, rank `[Nq]`, column_lse `[Nk]` (`[0]` where not asked for); what is saved."""
+) -> tuple[Tensor, ...]:
+    """positive, row_lse, total, kept, rank, reference `[Nq]`, column_lse `[Nk]` (`[0]` if not asked for), saved.
+
+    With `positives_elsewhere` no key here is a positive, and every row that is read has a term: what it sums here is a
+    part of it. Ranks then count against `rank_reference`, the `reference` of the rows' forward over their positives:
+    each positive's logit as the kernel's own products make it, in the kernel's own units.
+    """
     rows, columns = query.shape[0], key.shape[0]
     dtype = infonce_terms_dtype(query.device)
     saved_bytes = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
@@ -147,6 +155,7 @@ def infonce_forward(
         query.new_empty(rows if need_total else 0, dtype=dtype),
         query.new_empty(rows if need_total else 0, dtype=torch.int64),
         query.new_empty(rows if need_rank else 0, dtype=torch.int64),
+        query.new_empty(rows if need_rank else 0, dtype=statistics_dtype(query.dtype)),
         query.new_empty(saved_bytes, dtype=torch.uint8),
     )
 
@@ -175,6 +184,7 @@ def infonce_backward(
     log_q: Tensor | None,
     symmetric: bool,
     normalize: bool,
+    positives_elsewhere: bool,
     row_lse: Tensor,
     column_lse: Tensor,
     saved: Tensor,

@@ -132,7 +132,7 @@ class Pass {
     }
     positive_slope_.resize(static_cast<size_t>(rows()));
     for (int64_t i = 0; i < rows(); ++i) {
-      positive_[i] = problem_.has_term(i) ? positive_[i] : 0.0;
+      positive_[i] = problem_.has_positive(i) ? positive_[i] : 0.0;
       positive_slope_[i] = static_cast<T>(positive_[i]);
     }
     const bool columns = upstream.column_lse.has_value();
@@ -300,10 +300,11 @@ Gradients backward(
     const Tensor& key, const Tensor& scale, const std::optional<Tensor>& target, const std::optional<Tensor>& query_mask,
     const std::optional<Tensor>& key_mask, const std::optional<Tensor>& query_ids, const std::optional<Tensor>& key_ids,
     const std::optional<Tensor>& exclude_offsets, const std::optional<Tensor>& exclude_positions,
-    const std::optional<Tensor>& log_q, bool symmetric, bool normalize, const Tensor& row_lse, const Tensor& column_lse,
+    const std::optional<Tensor>& log_q, bool symmetric, bool normalize, bool positives_elsewhere, const Tensor& row_lse,
+    const Tensor& column_lse,
     const Tensor& saved, bool need_query, bool need_key, bool need_scale, bool need_log_q, int64_t workspace_bytes) {
   const Arguments arguments{query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
-                            exclude_positions, log_q, symmetric, normalize};
+                            exclude_positions, log_q, symmetric, normalize, positives_elsewhere};
   const Upstream upstream{grad_positive, grad_row_lse, grad_column_lse, grad_total};
   const Saved left{row_lse, column_lse, saved};
   const Needs needs{need_query, need_key, need_scale, need_log_q};

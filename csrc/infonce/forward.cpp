@@ -69,7 +69,7 @@ class Sums {
   Buffer<T> ref_, sum_;
 };
 
-using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
+using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 // Σ over strips of what each strip counted, [strip][rows].
 template <typename N>
@@ -80,7 +80,8 @@ N over_strips(const std::vector<N>& counted, int64_t strips, int64_t rows, int64
 }
 
 template <typename T>
-Results forward_as(const Arguments& arguments, bool need_total, bool need_rank, bool save, int64_t workspace_bytes) {
+Results forward_as(const Arguments& arguments, const std::optional<Tensor>& rank_reference, bool need_total, bool need_rank,
+                   bool save, int64_t workspace_bytes) {
   Problem<T> problem(arguments);
   problem.pack_logits();
   const int64_t rows = problem.query.rows, columns = problem.key.rows;
@@ -90,6 +91,7 @@ Results forward_as(const Arguments& arguments, bool need_total, bool need_rank, 
   Tensor column_lse = made(arguments.symmetric ? columns : 0, ScalarType::Double);
   Tensor total = made(need_total ? rows : 0, ScalarType::Double), kept = made(need_total ? rows : 0, ScalarType::Long);
   Tensor rank = made(need_rank ? rows : 0, ScalarType::Long);
+  Tensor reference = made(need_rank ? rows : 0, sizeof(T) == 8 ? ScalarType::Double : ScalarType::Float);
 
   const int64_t values = exponential_bytes(problem, rows);
   const int64_t logits_bytes = rows * problem.padded_columns() * arguments.query.element_size();
@@ -107,11 +109,15 @@ Results forward_as(const Arguments& arguments, bool need_total, bool need_rank, 
   std::vector<double> totals(counters(need_total));
   std::vector<int64_t> counts(counters(need_total)), above(counters(need_rank));
   std::vector<T> references(static_cast<size_t>(need_rank ? row_tiles * kTileRows : 0));
-  if (need_rank) {
+  if (need_rank && rank_reference) {
+    const Tensor given = torch::stable::contiguous(*rank_reference);
+    std::copy_n(static_cast<const T*>(given.const_data_ptr()), rows, references.begin());
+  } else if (need_rank) {
     for_each_task(row_tiles, make_scratch<T>, [&](int64_t tile, const auto& scratch) {
       problem.kernels.forward.positives(problem.logits, tile, *scratch, references.data() + tile * kTileRows);
     });
   }
+  if (need_rank) std::copy_n(references.begin(), rows, static_cast<T*>(reference.mutable_data_ptr()));
   for_each_task(row_strips * column_strips, make_scratch<T>, [&](int64_t task, const auto& scratch) {
     const int64_t row_strip = task / column_strips, column_strip = task % column_strips;
     const int64_t row_begin = row_strip * row_step, row_end = std::min(row_begin + row_step, row_tiles);
@@ -148,7 +154,7 @@ Results forward_as(const Arguments& arguments, bool need_total, bool need_rank, 
       to_row[i] = term ? row_sums.log(i) : -std::numeric_limits<double>::infinity();
       if (need_total) {
         doubles(total)[i] = term ? over_strips(totals, column_strips, rows, i) * kLn2 + positives[i] : 0.0;
-        integers(kept)[i] = term ? over_strips(counts, column_strips, rows, i) + 1 : 0;
+        integers(kept)[i] = term ? over_strips(counts, column_strips, rows, i) + (problem.has_positive(i) ? 1 : 0) : 0;
       }
       if (need_rank) {
         integers(rank)[i] = term ? over_strips(above, column_strips, rows, i) : -1;
@@ -161,7 +167,7 @@ Results forward_as(const Arguments& arguments, bool need_total, bool need_rank, 
       for (int64_t j = begin; j < end; ++j) to_column[j] = column_sums.log(j);
     });
   }
-  return {positive, row_lse, column_lse, total, kept, rank, saved};
+  return {positive, row_lse, column_lse, total, kept, rank, reference, saved};
 }
 
 Results forward(
@@ -169,12 +175,12 @@ Results forward(
     const std::optional<Tensor>& query_mask, const std::optional<Tensor>& key_mask, const std::optional<Tensor>& query_ids,
     const std::optional<Tensor>& key_ids, const std::optional<Tensor>& exclude_offsets,
     const std::optional<Tensor>& exclude_positions, const std::optional<Tensor>& log_q, bool symmetric, bool normalize,
-    bool need_total, bool need_rank, bool save, int64_t workspace_bytes) {
+    bool positives_elsewhere, const std::optional<Tensor>& rank_reference, bool need_total, bool need_rank, bool save, int64_t workspace_bytes) {
   const Arguments arguments{query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
-                            exclude_positions, log_q, symmetric, normalize};
+                            exclude_positions, log_q, symmetric, normalize, positives_elsewhere};
   return query.scalar_type() == ScalarType::Double
-             ? forward_as<double>(arguments, need_total, need_rank, save, workspace_bytes)
-             : forward_as<float>(arguments, need_total, need_rank, save, workspace_bytes);
+             ? forward_as<double>(arguments, rank_reference, need_total, need_rank, save, workspace_bytes)
+             : forward_as<float>(arguments, rank_reference, need_total, need_rank, save, workspace_bytes);
 }
 
 }  // namespace

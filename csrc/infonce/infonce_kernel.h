@@ -47,7 +47,7 @@ struct Logits {
   // not listed.
   const uint64_t* key_bits;      // [columns, padded to a tile]
   const uint8_t* row_read;       // [rows] or null: all
-  const int64_t* target;         // [rows]; −1: none
+  const int64_t* target;         // [rows]; −1: none here
   const int32_t* query_ids;      // [rows] or null; −1: none
   const int32_t* key_ids;        // [columns, padded to a tile]; −2: none
   const int64_t* excluded_offsets;  // [rows + 1] or null

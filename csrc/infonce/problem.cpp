@@ -51,7 +51,7 @@ double finite_or_one(double factor) { return std::isfinite(factor) ? factor : 1.
 }  // namespace
 
 template <typename T>
-Problem<T>::Problem(const Arguments& arguments) {
+Problem<T>::Problem(const Arguments& arguments) : positives_elsewhere_(arguments.positives_elsewhere) {
   query = matrix_of(arguments.query, held_);
   key = matrix_of(arguments.key, held_);
   logits.element = element_of(arguments.query);
@@ -79,9 +79,9 @@ void Problem<T>::find_terms(const Arguments& arguments) {
                   *std::max_element(wanted, wanted + query.rows));
     }
     const bool present = query_mask == nullptr || query_mask[i];
-    if (t < 0 || t >= key.rows || !present || (key_mask != nullptr && !key_mask[t])) t = -1;
+    if (positives_elsewhere_ || t < 0 || t >= key.rows || !present || (key_mask != nullptr && !key_mask[t])) t = -1;
     target[i] = t;
-    row_read_[i] = present && (arguments.symmetric || t >= 0);
+    row_read_[i] = present && (arguments.symmetric || positives_elsewhere_ || t >= 0);
     any_read |= row_read_[i] != 0;
     all_read &= row_read_[i] != 0;
   }

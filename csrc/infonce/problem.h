@@ -24,7 +24,7 @@ struct Arguments {
   const Tensor &query, &key, &scale;
   const std::optional<Tensor>&target, &query_mask, &key_mask, &query_ids, &key_ids, &exclude_offsets, &exclude_positions,
       &log_q;
-  bool symmetric, normalize;
+  bool symmetric, normalize, positives_elsewhere;
 };
 
 template <typename T>
@@ -72,12 +72,13 @@ class Problem {
   int64_t row_tiles() const { return divide_up(query.rows, kTileRows); }
   int64_t column_tiles() const { return divide_up(key.rows, kTileColumns); }
   int64_t padded_columns() const { return round_up(key.rows, kColumnUnit); }
-  bool has_term(int64_t row) const { return target[row] >= 0; }
+  bool has_positive(int64_t row) const { return target[row] >= 0; }
+  bool has_term(int64_t row) const { return positives_elsewhere_ ? is_read(row) : has_positive(row); }
 
   const Kernels<T>& kernels = Kernels<T>::get();
   Matrix query, key;
   Logits<T> logits{};
-  std::vector<int64_t> target;               // −1: no term
+  std::vector<int64_t> target;               // −1: none here
   std::vector<double> query_norm, key_norm;  // empty: not normalised
   std::vector<T> scale;                      // [rows]
   std::vector<T> row_factor;                 // scale over the norm
@@ -96,6 +97,7 @@ class Problem {
   bool sparse() const { return logits.query_ids != nullptr || logits.excluded_offsets != nullptr; }
   bool is_finite(const Matrix& matrix, int64_t row) const;
 
+  bool positives_elsewhere_;
   std::vector<Tensor> held_;  // contiguous copies
   std::vector<uint8_t> row_read_;
   std::vector<uint64_t> key_bits_;

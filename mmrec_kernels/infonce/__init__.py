@@ -41,6 +41,7 @@ def info_nce(
     reduction: Reduction = ...,
     workspace_bytes: int | None = ...,
     group: ProcessGroup | None = ...,
+    ring: bool = ...,
     return_stats: Literal[False] = ...,
 ) -> Tensor: ...
 
@@ -64,6 +65,7 @@ def info_nce(
     reduction: Reduction = ...,
     workspace_bytes: int | None = ...,
     group: ProcessGroup | None = ...,
+    ring: bool = ...,
     return_stats: Literal[True],
 ) -> tuple[Tensor, InfoNCEStats]: ...
 
@@ -86,6 +88,7 @@ def info_nce(
     reduction: Reduction = "mean",
     workspace_bytes: int | None = None,
     group: ProcessGroup | None = None,
+    ring: bool = False,
     return_stats: bool = False,
 ) -> Tensor | tuple[Tensor, InfoNCEStats]:
     """InfoNCE of every query against every key, in one direction or both, from one matrix of logits.
@@ -126,6 +129,8 @@ def info_nce(
             in blocks of rows and again in the backward.
         group: a process group: each rank passes its own rows (counts may differ), `target` and `exclude` index its own
             keys, negatives come from all ranks. See `mmrec_kernels.infonce.group` for what is returned.
+        ring: with `group`: the keys go from rank to rank while logits are made, and again in the backward, instead of
+            being gathered on every rank.
         return_stats: also returns `InfoNCEStats` of the row direction, detached.
 
     Returns:
@@ -141,7 +146,7 @@ def info_nce(
         exclude=exclude, log_q=log_q, normalize=normalize,
     )  # fmt: skip
     workspace_bytes = arguments.check_options(label_smoothing, reduction, workspace_bytes)
-    value, stats = _loss_over(group)(
+    value, stats = _loss_over(group, ring)(
         problem,
         weight=arguments.check_weight(weight, query),
         label_smoothing=label_smoothing,
@@ -168,6 +173,7 @@ def info_nce_pairs(
     reduction: Reduction = "mean",
     workspace_bytes: int | None = None,
     group: ProcessGroup | None = None,
+    ring: bool = False,
 ) -> Tensor:
     """Alignment of several modalities: the weighted sum of one `info_nce` per pair of modalities, row i matching row i.
 
@@ -182,7 +188,7 @@ def info_nce_pairs(
         weight: `[N]` floating, the weight of each row.
         reduction: "mean" or "sum" over the rows of each pair, then Σ_p pair_weight_p · loss_p; "none": `[P]`, the terms
             pair_weight_p · loss_p of that sum with loss_p a mean.
-        symmetric, normalize, label_smoothing, workspace_bytes, group: as in `info_nce`.
+        symmetric, normalize, label_smoothing, workspace_bytes, group, ring: as in `info_nce`.
 
     Returns:
         The loss, float32 (float64 for float64 inputs): 0-d, or `[P]`.
@@ -198,7 +204,7 @@ def info_nce_pairs(
     workspace_bytes = arguments.check_options(label_smoothing, reduction, workspace_bytes)
     if ids is not None:
         ids = check_index("ids", ids, (first.shape[0],), device=first.device)
-    run = _loss_over(group)
+    run = _loss_over(group, ring)
     losses = []
     for p, (a, b) in enumerate(pairs):
         present = _both(mask, a, b)
@@ -224,13 +230,15 @@ def _both(mask: Mapping[str, Tensor] | None, a: str, b: str) -> Tensor | None:
     return masks[0] if len(masks) == 1 else masks[0] & masks[1]
 
 
-def _loss_over(group: ProcessGroup | None) -> Callable[..., tuple[Tensor, InfoNCEStats | None]]:
+def _loss_over(group: ProcessGroup | None, ring: bool) -> Callable[..., tuple[Tensor, InfoNCEStats | None]]:
     """The loss of one process, or of a process group."""
+    if arguments.check_flag("ring", ring) and group is None:
+        raise ValueError("ring needs group, got None")
     if group is None:
         return loss.info_nce
     from .group import over
 
-    return over(group)
+    return over(group, ring)
 
 
 def _triton_forward() -> Callable[..., tuple[Tensor, ...]]:

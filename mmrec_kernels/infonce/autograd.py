@@ -32,6 +32,7 @@ class Problem(NamedTuple):
     log_q: Tensor | None
     symmetric: bool
     normalize: bool
+    positives_elsewhere: bool = False
 
 
 class Terms(NamedTuple):
@@ -54,7 +55,8 @@ def terms(problem: Problem, *, need_total: bool, need_rank: bool, workspace_byte
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return Terms(*_InfoNCE.apply(*_distinct(problem), need_total, need_rank, workspace_bytes))
     detached = [t.detach() if isinstance(t, Tensor) else t for t in problem]
-    return Terms(*library.call(schemas.infonce_forward, *detached, need_total, need_rank, False, workspace_bytes)[:6])
+    outputs = library.call(schemas.infonce_forward, *detached, None, need_total, need_rank, False, workspace_bytes)
+    return Terms(*outputs[:6])
 
 
 def _distinct(arguments: Sequence[Any]) -> list[Any]:
@@ -66,17 +68,28 @@ def _distinct(arguments: Sequence[Any]) -> list[Any]:
     return distinct
 
 
+def asked_for(grads: Sequence[Tensor | None], symmetric: bool, need_total: bool) -> list[Tensor | None]:
+    """The gradients of positive, row_lse, column_lse and total; None where that is empty.
+
+    torch.compile hands over zeros for what nobody used, the empty outputs too.
+    """
+    used = (True, True, symmetric, need_total)
+    return [g.contiguous() if here and g is not None else None for g, here in zip(grads[:4], used, strict=True)]
+
+
 class _InfoNCE(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
         *problem, need_total, need_rank, workspace_bytes = args
         # The GPU kernels keep nothing of size Nq·Nk: they make the logits again.
         save = not problem[0].is_cuda
-        *outputs, saved = library.call(schemas.infonce_forward, *problem, need_total, need_rank, save, workspace_bytes)
+        *outputs, _, saved = library.call(
+            schemas.infonce_forward, *problem, None, need_total, need_rank, save, workspace_bytes
+        )
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(outputs[4], outputs[5])
         ctx.save_for_backward(*problem[:11], outputs[1], outputs[2], saved)
-        ctx.symmetric, ctx.normalize = problem[11:]
+        ctx.flags = problem[11:]
         ctx.need_total, ctx.workspace_bytes = need_total, workspace_bytes
         return tuple(outputs)
 
@@ -84,17 +97,13 @@ class _InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         *tensors, row_lse, column_lse, saved = ctx.saved_tensors
-        # torch.compile hands over zeros for what nobody used, the empty outputs too.
-        asked = (True, True, ctx.symmetric, ctx.need_total)
-        upstream = [
-            g.contiguous() if used and g is not None else None for g, used in zip(grads[:4], asked, strict=True)
-        ]
+        upstream = asked_for(grads, ctx.flags[0], ctx.need_total)
         needs = [ctx.needs_input_grad[i] for i in (0, 1, 2, 10)]
         dquery, dkey, dscale, dlog_q = library.call(
-            schemas.infonce_backward, *upstream, *tensors, ctx.symmetric, ctx.normalize, row_lse, column_lse, saved,
-            *needs, ctx.workspace_bytes,
+            schemas.infonce_backward, *upstream, *tensors, *ctx.flags, row_lse, column_lse, saved, *needs,
+            ctx.workspace_bytes,
         )  # fmt: skip
-        results: list[Tensor | None] = [None] * 16
+        results: list[Tensor | None] = [None] * 17
         for place, needed, grad in zip((0, 1, 2, 10), needs, (dquery, dkey, dscale, dlog_q), strict=True):
             results[place] = grad if needed else None
         return tuple(results)

@@ -32,27 +32,40 @@ def find_terms(
     query_mask: Tensor | None,
     key_mask: Tensor | None,
     symmetric: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(target, which rows have a term, which rows are read, which keys are): int64 [Nq], bool [Nq], [Nq], [Nk]."""
+    positives_elsewhere: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(target, which rows have a positive here, which have a term, which are read, which keys are).
+
+    int64 [Nq], bool [Nq], [Nq], [Nq], [Nk].
+    """
     if target is None:
         target = torch.arange(query.shape[0], device=query.device)
-    has_term = (target >= 0) & (target < columns)
+    has_positive = (
+        torch.zeros_like(target, dtype=torch.bool) if positives_elsewhere else (target >= 0) & (target < columns)
+    )
     if query_mask is not None:
-        has_term = has_term & query_mask
+        has_positive = has_positive & query_mask
     if key_mask is not None and columns:
-        has_term = has_term & key_mask[target.clamp(0, columns - 1)]
+        has_positive = has_positive & key_mask[target.clamp(0, columns - 1)]
     # Columns may have their targets among other rows than these (`group=`): in both directions all rows are read.
-    read = torch.ones_like(has_term) if symmetric else has_term
+    read = torch.ones_like(has_positive) if symmetric or positives_elsewhere else has_positive
     read = read if query_mask is None else read & query_mask
-    return target, has_term, read, read.any().expand(columns) if key_mask is None else read.any() & key_mask
+    has_term = read if positives_elsewhere else has_positive
+    return (
+        target,
+        has_positive,
+        has_term,
+        read,
+        read.any().expand(columns) if key_mask is None else read.any() & key_mask,
+    )
 
 
 def comparable_ids(
-    query_ids: Tensor | None, key_ids: Tensor, target: Tensor, has_term: Tensor
+    query_ids: Tensor | None, key_ids: Tensor, target: Tensor, has_positive: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Ids of rows and keys where "none" never matches. `target` lies inside the keys."""
     if query_ids is None:
-        query_ids = torch.where(has_term, key_ids[target], -1) if key_ids.shape[0] else torch.full_like(target, -1)
+        query_ids = torch.where(has_positive, key_ids[target], -1) if key_ids.shape[0] else torch.full_like(target, -1)
     return torch.where(query_ids >= 0, query_ids, -1), torch.where(key_ids >= 0, key_ids, -2)
 
 

@@ -1,8 +1,9 @@
 """InfoNCE over a process group: negatives from every rank, each block of logits computed once.
 
-Rank r holds the logits of its own rows against the gathered keys of all ranks. The row direction is complete there; of
-the column direction it has a partial log-sum-exp for every key, and the rank that owns a key combines the partials. All
-else is the one-process loss. Every gather's backward sums over the ranks, so the backward gives d(Σ_r loss_r).
+Rank r makes the logits of its own rows against the keys of all ranks, gathered or in a ring (`ring.py`). The row
+direction is complete there; of the column direction it has a partial log-sum-exp for every key, and the rank that owns
+a key combines the partials. All else is the one-process loss. Every gather's backward, and the ring's, sums over the
+ranks, so the backward gives d(Σ_r loss_r).
 
 With reduction "mean" rank r returns W · Σ_{i∈r} w_i·l_i / Σ_all w_i over W ranks: after the averaging of DDP or FSDP,
 the gradients of parameters and of a shared scale equal those of one process with the whole batch. With "sum" and "none"
@@ -22,20 +23,22 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from . import ring
 from .autograd import Problem, terms
 from .contents import check_contents
 from .loss import InfoNCEStats, has_term, reduce, row_losses, stats, weigh
 
 
-def over(group: dist.ProcessGroup) -> Callable[..., tuple[Tensor, InfoNCEStats | None]]:
-    """`loss.info_nce` with the rows and keys of every rank of `group`."""
+def over(group: dist.ProcessGroup, in_ring: bool) -> Callable[..., tuple[Tensor, InfoNCEStats | None]]:
+    """`loss.info_nce` with the rows and keys of every rank of `group`; `in_ring`: keys travel, nobody gathers them."""
     if not isinstance(group, dist.ProcessGroup):
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
-    return partial(_info_nce, group)
+    return partial(_info_nce, group, in_ring)
 
 
 def _info_nce(
     group: dist.ProcessGroup,
+    in_ring: bool,
     problem: Problem,
     *,
     weight: Tensor | None,
@@ -46,16 +49,17 @@ def _info_nce(
     log_q_of_positive: bool = True,
 ) -> tuple[Tensor, InfoNCEStats | None]:
     options = {"label_smoothing": label_smoothing, "reduction": reduction, "log_q_of_positive": log_q_of_positive}
-    counts = _agree(group, problem, weight, options)
+    counts = _agree(group, problem, weight, {**options, "ring": in_ring})
     ranks, ones = len(counts), [1] * len(counts)
     offset = sum(counts[: dist.get_rank(group)])
-    whole = _with_all_keys(problem, offset, counts, group)
-    result = terms(whole, need_total=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
+    found = has_term(problem)
+    whole = _with_query_ids(problem, found) if in_ring else _with_all_keys(problem, offset, counts, group)
+    find_terms = partial(ring.terms, has_term=found, counts=counts, group=group) if in_ring else terms
+    result = find_terms(whole, need_total=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
     if problem.symmetric:
         partials = _AllGather.apply(result.column_lse[None], ones, group)
         mine = partials[:, offset : offset + problem.key.shape[0]]
         result = result._replace(column_lse=_log_sum_exp(mine))
-    found = has_term(problem)
     losses = row_losses(problem, result, found, label_smoothing, log_q_of_positive)
     weighted, total_weight = weigh(losses, weight, found)
     if reduction == "mean":
@@ -87,6 +91,17 @@ def _with_all_keys(problem: Problem, offset: int, counts: list[int], group: dist
         exclude_positions=shifted(problem.exclude_positions),
         log_q=gathered(problem.log_q),
     )
+
+
+def _with_query_ids(problem: Problem, found: Tensor | None) -> Problem:
+    """The ids that rows want, which other ranks' keys do not tell."""
+    if problem.key_ids is None or problem.query_ids is not None:
+        return problem
+    rows, keys = problem.query.shape[0], problem.key.shape[0]
+    if keys == 0:
+        return problem._replace(query_ids=problem.key_ids.new_full((rows,), -1))
+    wanted = problem.key_ids[:rows] if problem.target is None else problem.key_ids[problem.target.clamp(0, keys - 1)]
+    return problem._replace(query_ids=wanted if found is None else torch.where(found, wanted, -1))
 
 
 def _agree(group: dist.ProcessGroup, problem: Problem, weight: Tensor | None, options: dict[str, Any]) -> list[int]:

@@ -41,6 +41,7 @@ class _Problem(NamedTuple):
     scaled: Tensor
     log_q: Tensor | None
     target: Tensor
+    has_positive: Tensor
     has_term: Tensor
     row_mask: Tensor | None
     key_mask: Tensor | None
@@ -68,12 +69,15 @@ def forward(
     log_q: Tensor | None,
     symmetric: bool,
     normalize: bool,
+    positives_elsewhere: bool,
+    rank_reference: Tensor | None,
     need_total: bool,
     need_rank: bool,
     save: bool,
     workspace_bytes: int,
 ) -> tuple[Tensor, ...]:
-    """(positive, row_lse, column_lse, total, kept, rank, saved); 0, −inf, 0, 0 and −1 in a row that has no term."""
+    """(positive, row_lse, column_lse, total, kept, rank, rank_reference, saved); rows without a term hold 0, −inf, 0, 0
+    and −1."""
     rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
     wide = infonce_terms_dtype(query.device)
     positive = query.new_zeros(rows, dtype=wide)
@@ -82,12 +86,15 @@ def forward(
     total = query.new_zeros(rows if need_total else 0, dtype=wide)
     kept = query.new_zeros(rows if need_total else 0, dtype=torch.int64)
     rank = query.new_full((rows if need_rank else 0,), -1, dtype=torch.int64)
+    reference = query.new_zeros(rows if need_rank else 0, dtype=dtype)
+    if need_rank and rank_reference is not None:
+        reference.copy_(rank_reference)
     size = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
     saved = query.new_empty(size, dtype=torch.uint8)
     kept_logits = _kept_logits(saved, rows, columns, query.dtype)
     with torch.autocast(query.device.type, enabled=False):
         p = _problem(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
-                     exclude_positions, log_q, symmetric, normalize)  # fmt: skip
+                     exclude_positions, log_q, symmetric, normalize, positives_elsewhere)  # fmt: skip
         for block in _blocks(rows, columns, dtype, workspace_bytes):
             logits, found = _negatives(p, block, None if kept_logits is None else kept_logits[block])
             has_term = p.has_term[block]
@@ -98,10 +105,12 @@ def forward(
             if need_total:
                 negative = logits != -torch.inf
                 total[block] = (torch.where(negative, logits, 0.0).sum(1) + found).masked_fill_(~has_term, 0.0)
-                kept[block] = (negative.sum(1) + 1).masked_fill_(~has_term, 0)
+                kept[block] = (negative.sum(1) + p.has_positive[block]).masked_fill_(~has_term, 0)
             if need_rank:
-                rank[block] = (logits > found[:, None]).sum(1).masked_fill_(~has_term, -1)
-    return positive, row_lse, column_lse, total, kept, rank, saved
+                if rank_reference is None:
+                    reference[block] = found
+                rank[block] = (logits > reference[block, None]).sum(1).masked_fill_(~has_term, -1)
+    return positive, row_lse, column_lse, total, kept, rank, reference, saved
 
 
 def backward(
@@ -122,6 +131,7 @@ def backward(
     log_q: Tensor | None,
     symmetric: bool,
     normalize: bool,
+    positives_elsewhere: bool,
     row_lse: Tensor,
     column_lse: Tensor,
     saved: Tensor,
@@ -141,7 +151,7 @@ def backward(
     )
     with torch.autocast(query.device.type, enabled=False):
         p = _problem(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
-                     exclude_positions, log_q, symmetric, normalize)  # fmt: skip
+                     exclude_positions, log_q, symmetric, normalize, positives_elsewhere)  # fmt: skip
         u = torch.zeros_like(p.query)
         grad_key = torch.zeros_like(p.key)
         grad_log_q = p.key.new_zeros(columns)
@@ -199,12 +209,15 @@ def _problem(
     log_q: Tensor | None,
     symmetric: bool,
     normalize: bool,
+    positives_elsewhere: bool,
 ) -> _Problem:
     rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
     check_contents(columns, target, exclude_offsets, exclude_positions)
     everyone_has_a_term = target is None and query_mask is None and key_mask is None
-    target, has_term, read, key_read = find_terms(query, columns, target, query_mask, key_mask, symmetric)
-    target = torch.where(has_term, target, 0)
+    target, has_positive, has_term, read, key_read = find_terms(
+        query, columns, target, query_mask, key_mask, symmetric, positives_elsewhere
+    )
+    target = torch.where(has_positive, target, 0)
     query, key, scale, row_mask = query.to(dtype), key.to(dtype), scale.to(dtype), None
     if not everyone_has_a_term:
         query, key = torch.where(read[:, None], query, 0.0), torch.where(key_read[:, None], key, 0.0)
@@ -214,13 +227,13 @@ def _problem(
     query, query_norm = _unit(query) if normalize else (query, None)
     key, key_norm = _unit(key) if normalize else (key, None)
     if key_ids is not None:
-        query_ids, key_ids = comparable_ids(query_ids, key_ids, target, has_term)
+        query_ids, key_ids = comparable_ids(query_ids, key_ids, target, has_positive)
     excluded = None
     if exclude_offsets is not None and exclude_positions is not None:
         excluded = listed_pairs(exclude_offsets, exclude_positions, rows, columns)
     return _Problem(
         query, key, query_norm, key_norm, scale, query * scale[:, None], None if log_q is None else log_q.to(dtype),
-        target, has_term, row_mask, key_mask, query_ids, key_ids, excluded,
+        target, has_positive, has_term, row_mask, key_mask, query_ids, key_ids, excluded,
     )  # fmt: skip
 
 
@@ -234,13 +247,13 @@ def _blocks(rows: int, columns: int, dtype: torch.dtype, workspace_bytes: int) -
 
 
 def _negatives(p: _Problem, block: slice, out: Tensor | None) -> tuple[Tensor, Tensor]:
-    """The logits of a block of rows, −inf at positives and at pairs left out; and the positives, 0 without a term."""
+    """The logits of a block of rows, −inf at positives and at pairs left out; the positives, 0 where there is none."""
     logits = torch.mm(p.scaled[block], p.key.T, out=out)
     if p.log_q is not None:
         logits.sub_(p.log_q)
-    target, has_term = p.target[block, None], p.has_term[block, None]
+    target, has_positive = p.target[block, None], p.has_positive[block, None]
     at_target = logits.gather(1, target)
-    logits.scatter_(1, target, at_target.masked_fill(has_term, -torch.inf))
+    logits.scatter_(1, target, at_target.masked_fill(has_positive, -torch.inf))
     if p.row_mask is not None:
         logits.masked_fill_(~p.row_mask[block, None], -torch.inf)
     if p.key_mask is not None:
@@ -253,7 +266,7 @@ def _negatives(p: _Problem, block: slice, out: Tensor | None) -> tuple[Tensor, T
         hit = torch.zeros(logits.numel() + 1, dtype=torch.bool, device=logits.device)
         hit.index_fill_(0, torch.where(here, (row - block.start) * logits.shape[1] + position, logits.numel()), True)
         logits.masked_fill_(hit[:-1].view(logits.shape), -torch.inf)
-    return logits, at_target.masked_fill_(~has_term, 0.0)[:, 0]
+    return logits, at_target.masked_fill_(~has_positive, 0.0)[:, 0]
 
 
 def _softmax(logits: Tensor, lse: Tensor, grad: Tensor, dim: int) -> Tensor:
@@ -276,10 +289,10 @@ def _add_positives(p: _Problem, slope: Tensor, u: Tensor, grad_key: Tensor, grad
     """The positives' share, one rank-1 term per row; `index_put_` adds in a fixed order where targets repeat."""
     if p.key.shape[0] == 0:
         return
-    has_term = p.has_term[:, None]
-    slope = slope.masked_fill(~p.has_term, 0.0)
-    u += torch.where(has_term, slope[:, None] * p.key[p.target], 0.0)
-    grad_key.index_put_((p.target,), torch.where(has_term, slope[:, None] * p.scaled, 0.0), accumulate=True)
+    has_positive = p.has_positive[:, None]
+    slope = slope.masked_fill(~p.has_positive, 0.0)
+    u += torch.where(has_positive, slope[:, None] * p.key[p.target], 0.0)
+    grad_key.index_put_((p.target,), torch.where(has_positive, slope[:, None] * p.scaled, 0.0), accumulate=True)
     grad_log_q.index_put_((p.target,), -slope, accumulate=True)
 
 

@@ -100,11 +100,11 @@ def _problem(dtype: torch.dtype, full: bool) -> list[object]:
     query, key = leaf(4, 3, dtype=dtype).detach(), leaf(6, 3, dtype=dtype).detach()
     wide = schemas.statistics_dtype(dtype)
     if not full:
-        return [query, key, torch.ones(1, dtype=wide), *[None] * 8, False, False]
+        return [query, key, torch.ones(1, dtype=wide), *[None] * 8, False, False, False]
     return [
         query, key, torch.rand(4, dtype=wide), torch.tensor([0, 5, -1, 2]), torch.tensor([1, 1, 1, 0]).bool(),
         torch.tensor([1, 0, 1, 1, 1, 1]).bool(), torch.tensor([0, 1, 2, 3]), torch.tensor([0, 1, 1, 3, 2, 2]),
-        torch.tensor([0, 1, 1, 2, 2]), torch.tensor([3, 0]), torch.randn(6, dtype=wide), True, True,
+        torch.tensor([0, 1, 1, 2, 2]), torch.tensor([3, 0]), torch.randn(6, dtype=wide), True, True, False,
     ]  # fmt: skip
 
 
@@ -116,14 +116,16 @@ def test_opcheck_of_the_raw_ops(dtype: torch.dtype, full: bool, workspace_bytes:
     tests = ["test_schema", "test_faketensor"]
     if dtype == torch.float32 and full:
         tests.append("test_aot_dispatch_dynamic")
-    forward = (*problem, full, full, True, workspace_bytes)
+    forward = (*problem, None, full, full, True, workspace_bytes)
     torch.library.opcheck(schemas.infonce_forward, forward, test_utils=tests)
-    positive, row_lse, column_lse, total, kept, rank, saved = schemas.infonce_forward(*forward)
+    positive, row_lse, column_lse, total, kept, rank, reference, saved = schemas.infonce_forward(*forward)
     assert positive.dtype == row_lse.dtype == column_lse.dtype == total.dtype == torch.float64
     # The four rows' exponentials, padded to 32 keys, their references and the mark of the one tile.
     size = 4 * 32 * dtype.itemsize + (4 + 1) * schemas.statistics_dtype(dtype).itemsize
     assert saved.numel() == (size if workspace_bytes > 8 else 0)
-    assert rank.shape == kept.shape == total.shape == ((4,) if full else (0,)) and column_lse.shape == ((6,) if full else (0,))
+    assert rank.shape == kept.shape == total.shape == reference.shape == (
+        (4,) if full else (0,)
+    ) and column_lse.shape == ((6,) if full else (0,))
     grads = (torch.rand_like(positive), torch.rand_like(row_lse), torch.rand_like(column_lse), torch.rand_like(total))
     upstream = grads if full else (*grads[:2], None, None)
     for needs in ((True, True, True, True), (False, True, False, False), (True, False, True, False)):

@@ -16,6 +16,8 @@ from mmrec_kernels.infonce import info_nce, info_nce_pairs
 
 ROWS, KEYS = (5, 3, 1, 4), (7, 3, 2, 4)  # of up to four ranks
 PER_KEY = ("key", "key_ids", "log_q")
+RING = pytest.mark.parametrize("ring", [False, True], ids=["gathered", "in a ring"])
+Processes = list[dict[Any, Any]]  # what each rank found
 DIFFERENTIABLE = ("query", "key", "scale", "log_q", "weight")
 
 
@@ -87,10 +89,12 @@ def cases(count: int) -> dict[str, tuple[list[dict[str, Any]], dict[str, Any]]]:
     }
 
 
-def gradients(arguments: dict[str, Any], options: dict[str, Any], group: Any = None) -> dict[str, Tensor]:
+def gradients(
+    arguments: dict[str, Any], options: dict[str, Any], group: Any = None, ring: bool = False
+) -> dict[str, Tensor]:
     arguments = {n: t.clone() if isinstance(t, Tensor) else t for n, t in arguments.items()}
     inputs = [arguments[n].requires_grad_() for n in DIFFERENTIABLE if n in arguments]
-    loss, stats = info_nce(**arguments, **options, group=group, return_stats=True)
+    loss, stats = info_nce(**arguments, **options, group=group, ring=ring, return_stats=True)
     found = torch.autograd.grad(loss.sum(), inputs)
     names = [n for n in DIFFERENTIABLE if n in arguments]
     return {"loss": loss.detach(), **stats._asdict(), **dict(zip(names, found, strict=True))}
@@ -109,10 +113,10 @@ class Towers(nn.Module):
         return self.user(query), self.item(key), self.log_scale.exp()
 
 
-def tower_loss(model: nn.Module, arguments: dict[str, Any], group: Any = None) -> Tensor:
+def tower_loss(model: nn.Module, arguments: dict[str, Any], group: Any = None, ring: bool = False) -> Tensor:
     rest = {n: t for n, t in arguments.items() if n not in ("query", "key", "scale")}
     query, key, scale = model(arguments["query"], arguments["key"])
-    return info_nce(query, key, scale=scale, normalize=True, group=group, **rest)
+    return info_nce(query, key, scale=scale, normalize=True, group=group, ring=ring, **rest)
 
 
 def pair_arguments(rows: tuple[int, ...]) -> list[dict[str, Any]]:
@@ -129,11 +133,11 @@ def pair_arguments(rows: tuple[int, ...]) -> list[dict[str, Any]]:
     return ranks
 
 
-def pair_gradients(arguments: dict[str, Any], group: Any = None) -> list[Tensor]:
+def pair_gradients(arguments: dict[str, Any], group: Any = None, ring: bool = False) -> list[Tensor]:
     inputs = [t.clone().requires_grad_() for t in arguments["embeddings"].values()]
     loss = info_nce_pairs(
         dict(zip("abc", inputs, strict=True)), [("a", "b"), ("c", "a")], mask=arguments["mask"], ids=arguments["ids"],
-        group=group,
+        group=group, ring=ring,
     )  # fmt: skip
     return [loss.detach(), *torch.autograd.grad(loss, inputs)]
 
@@ -148,6 +152,7 @@ def refused(rank: int, group: Any) -> list[str]:
         {"key_ids": ids if rank == 0 else None},
         {"label_smoothing": 0.1 * rank},
         {"scale": torch.ones(2, requires_grad=rank == 0)},
+        {"ring": rank == 0},
     ]
     said = []
     for options in attempts:
@@ -164,19 +169,20 @@ def process(rank: int, folder: str, count: int) -> None:
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=count)
     group = dist.group.WORLD
     results: dict[str, Any] = {}
-    for name, (ranks, options) in cases(count).items():
-        results[name] = gradients(ranks[rank], options, group)
-    model = DistributedDataParallel(Towers())
-    tower_loss(model, batch(ROWS[:count], KEYS[:count])[rank], group).backward()
-    results["towers"] = [p.grad for p in model.module.parameters()]
-    results["pairs"] = pair_gradients(pair_arguments(ROWS[:count])[rank], group)
+    for ring in (False, True):
+        for name, (ranks, options) in cases(count).items():
+            results[name, ring] = gradients(ranks[rank], options, group, ring)
+        model = DistributedDataParallel(Towers())
+        tower_loss(model, batch(ROWS[:count], KEYS[:count])[rank], group, ring).backward()
+        results["towers", ring] = [p.grad for p in model.module.parameters()]
+        results["pairs", ring] = pair_gradients(pair_arguments(ROWS[:count])[rank], group, ring)
     results["refused"] = refused(rank, group)
     torch.save(results, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module", params=[2, 4])
-def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Processes:
     if not dist.is_available() or not dist.is_gloo_available():
         pytest.skip("this torch has no gloo")
     folder = tmp_path_factory.mktemp("group")
@@ -184,11 +190,12 @@ def processes(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return [torch.load(Path(folder) / f"{rank}.pt", weights_only=False) for rank in range(request.param)]
 
 
+@RING
 @pytest.mark.parametrize("name", list(cases(2)))
-def test_losses_stats_and_gradients_equal_those_of_one_process(processes: list[dict[str, Any]], name: str) -> None:
+def test_losses_stats_and_gradients_equal_those_of_one_process(processes: Processes, name: str, ring: bool) -> None:
     count = len(processes)
     ranks, options = cases(count)[name]
-    shares = [p[name] for p in processes]
+    shares = [p[name, ring] for p in processes]
     whole = gradients(joined(ranks), options)
     mean = options.get("reduction", "mean") == "mean"
     losses = torch.cat([s["loss"].reshape(-1) for s in shares])
@@ -206,16 +213,18 @@ def test_losses_stats_and_gradients_equal_those_of_one_process(processes: list[d
             torch.testing.assert_close(gathered, whole[tensor], **tolerance)
 
 
-def test_parameter_and_scale_gradients_under_ddp_equal_those_of_one_process(processes: list[dict[str, Any]]) -> None:
+@RING
+def test_parameter_and_scale_gradients_under_ddp_equal_those_of_one_process(processes: Processes, ring: bool) -> None:
     model, count = Towers(), len(processes)
     tower_loss(model, joined(batch(ROWS[:count], KEYS[:count]))).backward()
     for results in processes:
-        for mine, parameter in zip(results["towers"], model.parameters(), strict=True):
+        for mine, parameter in zip(results["towers", ring], model.parameters(), strict=True):
             assert parameter.grad is not None and parameter.grad.abs().max() > 1e-4
             torch.testing.assert_close(mine, parameter.grad, rtol=1e-11, atol=1e-13)
 
 
-def test_pairs_with_missing_modalities_equal_those_of_one_process(processes: list[dict[str, Any]]) -> None:
+@RING
+def test_pairs_with_missing_modalities_equal_those_of_one_process(processes: Processes, ring: bool) -> None:
     ranks = pair_arguments(ROWS[: len(processes)])
     whole = pair_gradients(
         {
@@ -224,13 +233,30 @@ def test_pairs_with_missing_modalities_equal_those_of_one_process(processes: lis
             "ids": torch.cat([r["ids"] for r in ranks]),
         }
     )
-    loss, *found = zip(*(p["pairs"] for p in processes), strict=True)
+    loss, *found = zip(*(p["pairs", ring] for p in processes), strict=True)
     torch.testing.assert_close(torch.stack(loss).mean(), whole[0])
     for mine, other in zip(found, whole[1:], strict=True):
         torch.testing.assert_close(torch.cat(mine) / len(processes), other)
 
 
-def test_wrong_or_unlike_arguments_raise_on_every_rank(processes: list[dict[str, Any]]) -> None:
+@pytest.mark.parametrize("ring", [False, True])
+def test_a_group_of_one_is_one_process(ring: bool, tmp_path: Path) -> None:
+    (ranks,) = batch((5,), (7,))
+    dist.init_process_group("gloo", init_method=f"file://{tmp_path}/rendezvous", rank=0, world_size=1)
+    try:
+        ours = gradients(ranks, {"label_smoothing": 0.1}, dist.group.WORLD, ring)
+    finally:
+        dist.destroy_process_group()
+    for name, tensor in gradients(ranks, {"label_smoothing": 0.1}).items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-12, atol=1e-14)
+
+
+def test_a_ring_needs_a_group() -> None:
+    with pytest.raises(ValueError, match="ring needs group, got None"):
+        info_nce(torch.zeros(2, 3), torch.zeros(2, 3), ring=True)
+
+
+def test_wrong_or_unlike_arguments_raise_on_every_rank(processes: Processes) -> None:
     first, second, *_ = (p["refused"] for p in processes)
     assert first[0] == "group needs valid arguments on every rank, got wrong ones on rank 1"
     assert second[0] == "target must be below the number of keys, 2, got 9"
@@ -240,3 +266,4 @@ def test_wrong_or_unlike_arguments_raise_on_every_rank(processes: list[dict[str,
         assert said[2].startswith("group needs the same key_ids (given or None) on every rank")
         assert said[3].startswith("group needs the same label_smoothing on every rank")
         assert said[4].startswith("group needs the same requires_grad of scale on every rank")
+        assert said[5].startswith("group needs the same ring on every rank")

@@ -192,12 +192,14 @@ def _whole_problem(query: Tensor, key: Tensor) -> tuple[object, ...]:
     ids = torch.randint(0, 9, (keys,))
     target, query_mask, key_mask = torch.randint(0, keys, (rows,)), torch.ones(rows).bool(), torch.ones(keys).bool()
     return (query, key, torch.ones(1), target, query_mask, key_mask, None, ids, offsets, positions, torch.zeros(keys),
-            True, True)  # fmt: skip
+            True, True, False)  # fmt: skip
 
 
 def _forward_and_backward(problem: tuple[object, ...], workspace_bytes: int) -> None:
-    positive, row_lse, column_lse, mean, rank, saved = reference.forward(*problem, True, True, True, workspace_bytes)
-    grads, needs = (positive, row_lse, column_lse, mean), (True, True, True, True)
+    positive, row_lse, column_lse, total, *_, saved = reference.forward(
+        *problem, None, True, True, True, workspace_bytes
+    )
+    grads, needs = (positive, row_lse, column_lse, total), (True, True, True, True)
     reference.backward(*grads, *problem, row_lse, column_lse, saved, *needs, workspace_bytes)
 
 

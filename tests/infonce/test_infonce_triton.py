@@ -10,6 +10,7 @@ import pytest
 import torch
 from infonce_providers import use_reference
 from test_infonce_kernel import everything, run, unit, widened
+from test_infonce_parts import check_parts
 from torch import Tensor
 
 from mmrec_kernels import info_nce, schemas, validation
@@ -75,6 +76,13 @@ def test_interpreted_kernels_match_the_oracle(
     torch.testing.assert_close(stats.positive.double(), exact_stats.positive.double(), rtol=1e-6, atol=1e-6)
     clear = (stats.rank - exact_stats.rank).abs()
     assert int(clear.max()) <= 1 and float((clear == 0).double().mean()) > 0.9
+
+
+@pytest.mark.interpret
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.usefixtures("interpreted")
+def test_interpreted_kernels_put_parts_together(symmetric: bool) -> None:
+    check_parts(torch.float32, symmetric, 1e-5)
 
 
 @pytest.mark.interpret

@@ -1,10 +1,10 @@
 """InfoNCE: the Triton kernels of the backward.
 
-Backward: dLoss/dS_ij = W_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + total_slope_i.
-Norms belong to W in the products (FOLD), except in float16, whose numbers they may leave; there the other operand takes
-them, as unit rows. Narrow rows: one kernel owns rows and walks the keys, another owns keys and walks the rows, both
-with the whole width in registers: logits twice and two products, 8·Nq·Nk·D flops, nothing of size Nq·Nk. Wide rows: W
-in chunks of rows, for plain products: logits once and two products, 6·Nq·Nk·D."""
+Backward: dLoss/dS_ij = W_ij = row_slope_i 2^(x_ij − row_ref_i) + column_slope_j 2^(x_ij − column_ref_j) + total_slope_i
+of the kept pairs. Norms belong to W in the products (FOLD), except in float16, whose numbers they may leave; there the
+other operand takes them, as unit rows. Narrow rows: one kernel owns rows and walks the keys, another owns keys and
+walks the rows, both with the whole width in registers: logits twice and two products, 8·Nq·Nk·D flops, nothing of size
+Nq·Nk. Wide rows: W in chunks of rows, for plain products: logits once and two products, 6·Nq·Nk·D."""
 
 from __future__ import annotations
 
@@ -77,7 +77,8 @@ def query_sums_kernel(
     listed_rows_ptr, listed_keys_ptr, tile_offsets_ptr, row_slope_ptr, row_ref_ptr, column_slope_ptr, column_ref_ptr,
     total_slope_ptr, out_ptr, rows, columns, width, q_stride, k_stride,
     SYMMETRIC: tl.constexpr, HAS_KAPPA: tl.constexpr, HAS_BIAS: tl.constexpr, HAS_IDS: tl.constexpr,
-    HAS_EXCLUDE: tl.constexpr, HAS_TOTAL: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    HAS_EXCLUDE: tl.constexpr, HAS_TOTAL: tl.constexpr, FOLD: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr, PRECISION: tl.constexpr, UPCAST: tl.constexpr,
 ):  # fmt: skip
     """u_i = Σ_j W_ij kappa_j k_j, float32 [rows, width]: a program owns rows and walks the keys."""

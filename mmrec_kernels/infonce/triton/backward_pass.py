@@ -28,23 +28,23 @@ def _slopes(grad: Tensor | None, lse: Tensor, count: int) -> tuple[Tensor, Tenso
 
 
 def backward(
-    grad_positive: Tensor | None, grad_row_lse: Tensor | None, grad_column_lse: Tensor | None, grad_total: Tensor | None,
-    query: Tensor, key: Tensor, scale: Tensor, target: Tensor | None, query_mask: Tensor | None,
-    key_mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, exclude_offsets: Tensor | None,
-    exclude_positions: Tensor | None, log_q: Tensor | None, symmetric: bool, normalize: bool, row_lse: Tensor,
-    column_lse: Tensor, saved: Tensor, need_query: bool, need_key: bool, need_scale: bool, need_log_q: bool,
-    workspace_bytes: int,
+    grad_positive: Tensor | None, grad_row_lse: Tensor | None, grad_column_lse: Tensor | None,
+    grad_total: Tensor | None, query: Tensor, key: Tensor, scale: Tensor, target: Tensor | None,
+    query_mask: Tensor | None, key_mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None,
+    exclude_offsets: Tensor | None, exclude_positions: Tensor | None, log_q: Tensor | None, symmetric: bool,
+    normalize: bool, positives_elsewhere: bool, row_lse: Tensor, column_lse: Tensor, saved: Tensor, need_query: bool,
+    need_key: bool, need_scale: bool, need_log_q: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launcher of `_infonce_backward`."""
     p = prepare(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
-                 exclude_positions, log_q, symmetric, normalize)  # fmt: skip
+                 exclude_positions, log_q, symmetric, normalize, positives_elsewhere)  # fmt: skip
     rows, columns, width = query.shape[0], key.shape[0], query.shape[1]
     total_slope = None
     positive = p.scale.new_zeros(rows) if grad_positive is None else grad_positive.to(torch.float64)
     if grad_total is not None:
         share = torch.where(p.has_term, grad_total, 0.0)
         positive, total_slope = positive + share, share.to(torch.float32)
-    positive = torch.where(p.has_term, positive, 0.0)
+    positive = torch.where(p.has_positive, positive, 0.0)
     slopes: tuple[Tensor | None, ...] = (
         *_slopes(grad_row_lse, row_lse, rows),
         *(_slopes(grad_column_lse, column_lse, columns) if grad_column_lse is not None else (None, None)),
@@ -61,7 +61,7 @@ def backward(
             found if size is None else found * size
             for found in sums(p, slopes, row_factor, need_query or need_scale, need_key, need_log_q, workspace_bytes)
         )
-    target = torch.where(p.has_term, p.target, 0)
+    target = torch.where(p.has_positive, p.target, 0)
     grad_query, grad_scale = query.new_empty(0), scale.new_empty(0, dtype=torch.float32)
     if need_query or need_scale:
         grad_query, grad_scale = _finish_rows(p, u, positive, target, scale, need_query, need_scale)

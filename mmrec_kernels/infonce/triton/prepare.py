@@ -45,7 +45,8 @@ class Prepared(NamedTuple):
 
     query: Tensor
     key: Tensor
-    target: Tensor  # −1: no term
+    target: Tensor  # −1: none
+    has_positive: Tensor
     has_term: Tensor
     row_read: Tensor
     key_read: Tensor
@@ -117,23 +118,28 @@ def prepare(
     query: Tensor, key: Tensor, scale: Tensor, target: Tensor | None, query_mask: Tensor | None,
     key_mask: Tensor | None, query_ids: Tensor | None, key_ids: Tensor | None, exclude_offsets: Tensor | None,
     exclude_positions: Tensor | None, log_q: Tensor | None, symmetric: bool, normalize: bool,
+    positives_elsewhere: bool,
 ) -> Prepared:  # fmt: skip
     rows, columns = query.shape[0], key.shape[0]
     check_contents(columns, target, exclude_offsets, exclude_positions)
-    target, has_term, read, key_read = find_terms(query, columns, target, query_mask, key_mask, symmetric)
+    target, has_positive, has_term, read, key_read = find_terms(
+        query, columns, target, query_mask, key_mask, symmetric, positives_elsewhere
+    )
     query, key = _rows(query), _rows(key)
     query_norm, key_norm = (_norms(query), _norms(key)) if normalize else (None, None)
     wide = scale.to(torch.float64).expand(rows)
     factor = wide * LOG2E if query_norm is None else wide * LOG2E / query_norm.clamp_min(NORM_EPS)
     rounded = factor.to(torch.float32)
     if key_ids is not None:
-        query_ids, key_ids = _ranks(*comparable_ids(query_ids, key_ids, torch.where(has_term, target, 0), has_term))
+        wanted = torch.where(has_positive, target, 0)
+        query_ids, key_ids = _ranks(*comparable_ids(query_ids, key_ids, wanted, has_positive))
     listed = None
     if exclude_offsets is not None and exclude_positions is not None:
         listed = listed_pairs(exclude_offsets, exclude_positions, rows, columns)
     return Prepared(
-        query, key, torch.where(has_term, target, -1), has_term, read.to(torch.uint8), key_read.to(torch.uint8), wide,
-        query_norm, key_norm, torch.stack([rounded, (factor - rounded).to(torch.float32)]),
+        query, key, torch.where(has_positive, target, -1), has_positive, has_term, read.to(torch.uint8),
+        key_read.to(torch.uint8), wide, query_norm, key_norm,
+        torch.stack([rounded, (factor - rounded).to(torch.float32)]),
         None if key_norm is None else finite_or_one(1 / key_norm.clamp_min(NORM_EPS)).to(torch.float32),
         None if log_q is None else (log_q.to(torch.float64) * LOG2E).to(torch.float32),
         query_ids if key_ids is not None else None, key_ids, listed,
