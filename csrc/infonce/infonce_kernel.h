@@ -10,6 +10,7 @@
 
 #include <cstdint>
 
+#include "../common/element.h"
 #include "../common/isa.h"
 
 namespace mmrec {
@@ -22,9 +23,6 @@ constexpr int64_t kColumnUnit = 32;
 // Rows of a tile in scratch start this far apart, in elements: not a power of two, so they fall into different sets of L1.
 constexpr int64_t kTileStride = kTileColumns + 16;
 constexpr int64_t kBitWords = kTileColumns / 64;
-
-// kBFloat16Pairs: bfloat16 where the ISA multiplies pairs of them (avx512_bf16 only).
-enum class Element : int { kFloat32, kBFloat16, kBFloat16Pairs, kFloat64 };
 
 // A row-major matrix [rows, width], of the element type that goes with it.
 struct Matrix {

@@ -3,15 +3,13 @@
 
 #include <type_traits>
 
-#include "../common/gemm.h"
+#include "../common/kind.h"
+#include "../common/rows.h"
 #include "infonce_kernel.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
-constexpr int64_t at_most(int64_t n, int64_t most) { return n < most ? n : most; }
 
 // The place of a tile: its first row and key, and how many of each it has.
 struct Place {
@@ -29,44 +27,6 @@ struct Place {
 // What e_ij have below all others where nothing is kept; differences of references stay finite.
 template <typename T>
 constexpr T kNothing = T(-1e30);
-
-// The elements of the matrices, which are also what e_ij are kept as, and the operands of the products.
-template <typename RawType, typename DotType>
-struct Kind {
-  using Raw = RawType;
-  using Dot = DotType;
-};
-
-// Calls `run` with the Kind of `element`.
-template <typename T, typename Run>
-MMREC_INLINE void with_kind(Element element, const Run& run) {
-  if constexpr (sizeof(T) == 8) {
-    run(Kind<double, DoubleDot>());
-  } else {
-    switch (element) {
-      case Element::kFloat32:
-        return run(Kind<float, FloatDot>());
-#if defined(__AVX512BF16__)
-      case Element::kBFloat16Pairs:
-        return run(Kind<BFloat16, PairDot>());
-#endif
-      default:
-        return run(Kind<BFloat16, FloatDot>());
-    }
-  }
-}
-
-// Eight chains, so that double precision costs little.
-template <typename A, typename B>
-double dot_in_double(const A* a, const B* b, int64_t width) {
-  double sums[8] = {};
-  int64_t d = 0;
-  for (; d + 8 <= width; d += 8) {
-    for (int l = 0; l < 8; ++l) sums[l] += static_cast<double>(widen(a[d + l])) * static_cast<double>(widen(b[d + l]));
-  }
-  for (; d < width; ++d) sums[d % 8] += static_cast<double>(widen(a[d])) * static_cast<double>(widen(b[d]));
-  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-}
 
 // bfloat16 products are exact, and their gradients are rounded to 8 bits.
 template <typename Dot>

@@ -5,25 +5,12 @@
 #include <limits>
 
 #include "../common/check.h"
+#include "../common/tensors.h"
 
 namespace mmrec {
 namespace {
 
 using torch::headeronly::ScalarType;
-
-Element element_of(const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
-    case ScalarType::Double:
-      return Element::kFloat64;
-    case ScalarType::Float:
-      return Element::kFloat32;
-    case ScalarType::BFloat16:
-      return cpu_isa() == Isa::kAvx512Bf16 ? Element::kBFloat16Pairs : Element::kBFloat16;
-    default:
-      MMREC_CHECK(false, "query must be float32, bfloat16 or float64");
-      return Element::kFloat32;
-  }
-}
 
 int64_t element_bytes(Element element) {
   return element == Element::kFloat64 ? 8 : element == Element::kFloat32 ? 4 : 2;

@@ -1,7 +1,6 @@
 // What is done to single rows of gradients: O(N · D), beside the products' O(N² · D).
 #pragma once
 
-#include "../common/simd.h"
 #include "logits.h"
 
 namespace mmrec {
@@ -18,26 +17,6 @@ bool all_zero(const T* row, int64_t width) {
   T most = 0;
   for (int64_t d = 0; d < width; ++d) most = row[d] == T(0) ? most : T(1);
   return most == T(0);
-}
-
-template <typename Raw, typename T>
-void write_row(const T* row, int64_t width, Raw* out) {
-  constexpr int kLanes = Vec<T>::kLanes;
-  int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(out + d, load(row + d));
-  for (; d < width; ++d) {
-    if constexpr (sizeof(Raw) == 2) {
-      out[d] = narrow(row[d]);
-    } else {
-      out[d] = row[d];
-    }
-  }
-}
-
-// row += factor · x.
-template <typename Raw, typename T>
-void add_row(T factor, const Raw* x, int64_t width, T* row) {
-  for (int64_t d = 0; d < width; ++d) row[d] += factor * static_cast<T>(widen(x[d]));
 }
 
 constexpr double kNormEps = 1e-12;

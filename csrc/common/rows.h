@@ -1,0 +1,44 @@
+// Single rows: what is O(width), beside the products.
+#pragma once
+
+#include "simd.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+// Eight chains, so that double precision costs little.
+template <typename A, typename B>
+double dot_in_double(const A* a, const B* b, int64_t width) {
+  double sums[8] = {};
+  int64_t d = 0;
+  for (; d + 8 <= width; d += 8) {
+    for (int l = 0; l < 8; ++l) sums[l] += static_cast<double>(widen(a[d + l])) * static_cast<double>(widen(b[d + l]));
+  }
+  for (; d < width; ++d) sums[d % 8] += static_cast<double>(widen(a[d])) * static_cast<double>(widen(b[d]));
+  return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
+}
+
+template <typename Raw, typename T>
+void write_row(const T* row, int64_t width, Raw* out) {
+  constexpr int kLanes = Vec<T>::kLanes;
+  int64_t d = 0;
+  for (; d + kLanes <= width; d += kLanes) store(out + d, load(row + d));
+  for (; d < width; ++d) {
+    if constexpr (sizeof(Raw) == 2) {
+      out[d] = narrow(row[d]);
+    } else {
+      out[d] = row[d];
+    }
+  }
+}
+
+// row += factor · x.
+template <typename Raw, typename T>
+void add_row(T factor, const Raw* x, int64_t width, T* row) {
+  for (int64_t d = 0; d < width; ++d) row[d] += factor * static_cast<T>(widen(x[d]));
+}
+
+}  // namespace
+}  // namespace MMREC_ISA
+}  // namespace mmrec
