@@ -33,6 +33,14 @@ def statistics_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def terms_dtype(device: torch.device) -> torch.dtype:
+    """dtype of log-sum-exps and of what they are compared with: float64 (float32 on mps, which has none).
+
+    A float32 log-sum-exp of 100 is off by up to 4e-6, and so would every probability be.
+    """
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 # ---- build ----------------------------------------------------------------------------------------------------------
 
 ISA_NAMES = ("base", "avx2", "avx512", "avx512_bf16")
@@ -105,14 +113,6 @@ def infonce_saved_bytes(rows: int, columns: int, dtype: torch.dtype, workspace_b
     return size + marks if size <= workspace_bytes else 0
 
 
-def infonce_terms_dtype(device: torch.device) -> torch.dtype:
-    """dtype of an InfoNCE's terms: float64 (float32 on mps, which has none).
-
-    A float32 log-sum-exp of 100 is off by up to 4e-6, and so would every probability be.
-    """
-    return torch.float32 if device.type == "mps" else torch.float64
-
-
 @_define(
     f"_infonce_forward({_INFONCE_PROBLEM}, Tensor? rank_reference, bool need_total, bool need_rank, bool save,"
     " SymInt workspace_bytes) -> (Tensor positive, Tensor row_lse, Tensor column_lse, Tensor total, Tensor kept,"
@@ -146,7 +146,7 @@ def infonce_forward(
     each positive's logit as the kernel's own products make it, in the kernel's own units.
     """
     rows, columns = query.shape[0], key.shape[0]
-    dtype = infonce_terms_dtype(query.device)
+    dtype = terms_dtype(query.device)
     saved_bytes = infonce_saved_bytes(rows, columns, query.dtype, workspace_bytes) if save else 0
     return (
         query.new_empty(rows, dtype=dtype),
@@ -451,7 +451,7 @@ def attention_forward(
     mass_shape = (rows, heads, len(keys)) if return_mass else (0,)
     return (
         query.new_empty((rows, heads, values[0].shape[2])),
-        query.new_empty((rows, heads), dtype=dtype),
+        query.new_empty((rows, heads), dtype=terms_dtype(query.device)),
         query.new_empty(mass_shape, dtype=dtype),
     )
 

@@ -186,7 +186,8 @@ def cross_modal_attention(
         )  # fmt: skip
     if not return_lse and not return_mass:
         return out
-    return AttentionOutput(out, lse if return_lse else None, mass if return_mass else None)
+    lse = lse.to(schemas.statistics_dtype(query.dtype)) if return_lse else None
+    return AttentionOutput(out, lse, mass if return_mass else None)
 
 
 def _check_segments(segments: Sequence[Segment]) -> list[Segment]:

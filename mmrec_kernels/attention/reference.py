@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..schemas import ATTENTION_NEEDS
+from ..schemas import ATTENTION_NEEDS, terms_dtype
 from .layout import Problem, Rows, Segment, fill, pad, rms_norm, rms_norm_backward, scatter, unpad
 
 
@@ -84,7 +84,8 @@ def _forward(problem: Problem, return_mass: bool) -> tuple[Tensor, Tensor, Tenso
         out = out + fill(part if segment.gate is None else part * _per_row(segment.gate), segment.blind)
     divisor = total.masked_fill(total == 0, 1)
     out = unpad((out / divisor).flatten(2, 3), at, problem.query.dtype)
-    lse = (top.movedim(3, 1) + total.log()[..., 0]).flatten(2, 3)
+    wide = terms_dtype(query.device)
+    lse = (top.movedim(3, 1).to(wide) + total.to(wide).log()[..., 0]).flatten(2, 3)
     mass = query.new_empty(0)
     if return_mass:
         shares = [
@@ -92,7 +93,7 @@ def _forward(problem: Problem, return_mass: bool) -> tuple[Tensor, Tensor, Tenso
             for part, segment in zip(sums, segments, strict=True)
         ]
         mass = unpad(torch.cat(shares, -1).flatten(2, 3), at, problem.dtype)
-    return out, unpad(lse, at, problem.dtype, -torch.inf), mass
+    return out, unpad(lse, at, wide, -torch.inf), mass
 
 
 def backward(
@@ -144,8 +145,16 @@ def _by_head(problem: Problem, x: Tensor, at: Rows) -> Tensor:
     return pad(x, at, problem.dtype).unflatten(2, problem.heads).movedim(1, 3)
 
 
-def _product(segment: Segment, lse: Tensor, grad_out: Tensor, grad_mass: Tensor | None) -> _Product:
-    weights = fill(_exp(segment.scores.sub_(lse[..., None])), segment.hidden)
+def _weights(segments: list[Segment | None], lse: Tensor, sink: Tensor | None) -> list[Tensor | None]:
+    """P of each segment. Their sum is 1 by these scores, not only by those that the forward's provider rounded to."""
+    found = [None if x is None else fill(_exp(x.scores.sub_(lse[..., None])), x.hidden) for x in segments]
+    total = torch.zeros_like(lse) if sink is None else (sink - lse).exp()
+    total = sum((x.sum(-1) for x in found if x is not None), total)
+    total = torch.where(total > 0, total, 1)[..., None]
+    return [None if x is None else x.div_(total) for x in found]
+
+
+def _product(segment: Segment, weights: Tensor, grad_out: Tensor, grad_mass: Tensor | None) -> _Product:
     grad_weights, grad_gate = torch.einsum("bqhgd,bkhd->bhgqk", grad_out, segment.value), None
     if segment.gate is not None:
         grad_gate = (weights * fill(grad_weights, segment.hidden)).sum((-2, -1))
@@ -180,9 +189,12 @@ def _backward(
     else:
         grad_out = pad(grads[0], at, problem.dtype).unflatten(2, problem.heads)
     grad_lse, grad_mass = (None if x is None else _by_head(problem, x, at) for x in grads[1:])
+    sink = None if problem.sink is None else problem.sink.to(problem.dtype).view(*problem.heads, 1)
     products = [
-        None if x is None else _product(x, lse, grad_out, None if grad_mass is None else grad_mass[..., m])
-        for m, x in enumerate(segments)
+        None
+        if x is None or weights is None
+        else _product(x, weights, grad_out, None if grad_mass is None else grad_mass[..., m])
+        for m, (x, weights) in enumerate(zip(segments, _weights(segments, lse, sink), strict=True))
     ]
     dots = [(x.weights * x.grad_weights).sum(-1) for x in products if x is not None]
     rest = (torch.zeros_like(lse) if grad_lse is None else grad_lse) - sum(dots, torch.zeros_like(lse))
@@ -195,8 +207,8 @@ def _backward(
     grad_query, grad_query_norm = _query_grads(problem, at, raw_query, segments, grad_scores, needed)
     grad_keys, grad_key_norm = _key_grads(problem, query, segments, grad_scores, key_needs, "key_norm" in needed)
     grad_sink = None
-    if "sink" in needed and problem.sink is not None:
-        share = (problem.sink.to(problem.dtype).view(*problem.heads, 1) - lse).exp()
+    if "sink" in needed and sink is not None:
+        share = (sink - lse).exp()
         grad_sink = (share * rest).sum((0, 3)).flatten()
     biases = [None if x is None else x.sum((-2, -1)) for x in grad_scores] if "log_bias" in needed else []
     gates = [None if x is None else x.grad_gate for x in products] if "value_gate" in needed else []

@@ -23,7 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..schemas import infonce_saved_bytes, infonce_terms_dtype, statistics_dtype
+from ..schemas import infonce_saved_bytes, statistics_dtype, terms_dtype
 from .contents import check_contents, comparable_ids, find_terms, listed_pairs
 
 NORM_EPS = 1e-12
@@ -79,7 +79,7 @@ def forward(
     """(positive, row_lse, column_lse, total, kept, rank, rank_reference, saved); rows without a term hold 0, −inf, 0, 0
     and −1."""
     rows, columns, dtype = query.shape[0], key.shape[0], statistics_dtype(query.dtype)
-    wide = infonce_terms_dtype(query.device)
+    wide = terms_dtype(query.device)
     positive = query.new_zeros(rows, dtype=wide)
     row_lse = query.new_full((rows,), -torch.inf, dtype=wide)
     column_lse = query.new_full((columns if symmetric else 0,), -torch.inf, dtype=wide)

@@ -10,6 +10,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from mmrec_kernels.attention import AttentionOutput, Segment, cross_modal_attention
 
+pytestmark = pytest.mark.usefixtures("provider")
+
 
 @pytest.mark.parametrize("name", CASES)
 @pytest.mark.parametrize("norm_eps", [1e-6, 0.3])

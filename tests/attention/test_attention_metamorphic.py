@@ -1,9 +1,12 @@
 """Equivalent problems: permuted, split, shifted and duplicated segments."""
 
+import pytest
 import torch
 from attention_oracle import CASES, FLAGS, Case, both, gradients, normal, upstream
 
 from mmrec_kernels.attention import Segment, cross_modal_attention
+
+pytestmark = pytest.mark.usefixtures("provider")
 
 
 def test_permuting_segments_changes_nothing():

@@ -6,6 +6,8 @@ from attention_oracle import CASES, EVERYTHING, FLAGS, Case, both, normal, upstr
 
 from mmrec_kernels.attention import cross_modal_attention
 
+pytestmark = pytest.mark.usefixtures("provider")
+
 
 def missing(how, dtype):
     """Modality 1 of 3 is missing from sequence 1 of 3. All float leaves but its rows are the same."""

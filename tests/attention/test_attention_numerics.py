@@ -6,6 +6,8 @@ from attention_oracle import EVERYTHING, FLAGS, Case, gradients, oracle
 
 from mmrec_kernels.attention import cross_modal_attention
 
+pytestmark = pytest.mark.usefixtures("provider")
+
 FLOORS = {torch.float32: 1e-6, torch.bfloat16: 3e-5}
 
 PROBLEMS = {

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from attention_providers import use_reference
 
 from mmrec_kernels import library
 from mmrec_kernels.attention import Segment, cross_modal_attention, layout
@@ -131,6 +132,7 @@ def test_contents_on_a_device_that_does_not_check(monkeypatch):
         segment = Segment(key, value, torch.tensor(offsets), torch.tensor(index))
         return cross_modal_attention(query, [segment], torch.tensor(query_offsets), return_mass=True)
 
+    use_reference(monkeypatch)
     expected = run([0, 2, 2, 4], [0, 4, 4, 6], [2, -1, -1, 0, 5, -1])
     monkeypatch.setattr(layout, "_checks_contents", lambda device: library.check_requested())
     clamped = run([-5, 2, 1, 9], [-1, 4, 3, 10**12], index.tolist())

@@ -6,7 +6,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...schemas import infonce_terms_dtype
+from ...schemas import terms_dtype
 from ..reference import NORM_EPS
 from . import forward_kernels as kernels
 from .prepare import LOG2E, Prepared, launch_sizes, prepare
@@ -28,7 +28,7 @@ def forward(
     p = prepare(query, key, scale, target, query_mask, key_mask, query_ids, key_ids, exclude_offsets,
                  exclude_positions, log_q, symmetric, normalize, positives_elsewhere)  # fmt: skip
     rows, columns, width = query.shape[0], key.shape[0], query.shape[1]
-    dtype = infonce_terms_dtype(query.device)
+    dtype = terms_dtype(query.device)
     positive = _positives(p, log_q)
     row_lse = query.new_full((rows,), -torch.inf, dtype=dtype)
     column_lse = query.new_full((columns if symmetric else 0,), -torch.inf, dtype=dtype)
