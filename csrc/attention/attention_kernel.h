@@ -1,0 +1,94 @@
+// What the attention kernels read and write. Plain data: it crosses from the wrapper (compiled once) to the kernels (compiled
+// per ISA).
+//
+// The queries of a sequence and of the query heads that share a KV head are rows of one product. A block of up to kBlockRows of
+// them meets the keys kBlockKeys at a time, with a running softmax: m, the highest score so far, and sums relative to it.
+// Scores are held in units of log2,
+//     x_rj = factor_r · (q_r · k_j) · rstd_j + bias_{r,m(j)}       factor_r = log2(e) · scale (· the query's own rstd)
+// (rstd only with norms), so that exponentials are powers of two. Which rows and keys share a block is decided by the
+// sequence alone, so no bit depends on what other sequences hold or on the number of threads.
+#pragma once
+
+#include <cstdint>
+
+#include "../common/element.h"
+#include "../common/isa.h"
+
+namespace mmrec {
+
+constexpr int64_t kBlockRows = 32, kBlockKeys = 48;
+// Rows of up to this many are multiplied with the width in lanes, more with the rows in lanes.
+constexpr int64_t kFewRows = 4;
+
+// Rows [row][head][width] of an element type that goes with it.
+struct HeadRows {
+  const void* values;
+  int64_t row_stride, head_stride;  // in elements
+};
+
+struct AttentionSegment {
+  HeadRows key, value;
+  const int64_t* offsets;  // [sequences + 1], into rows or into `index`
+  const int64_t* index;    // or null; −1: skipped
+  bool causal;
+};
+
+// A number per sequence, query head and segment, or null.
+template <typename T>
+struct PerSegment {
+  const T* values;
+  int64_t sequence_stride, head_stride, segment_stride;
+
+  T at(int64_t sequence, int64_t head, int64_t segment) const {
+    return values[sequence * sequence_stride + head * head_stride + segment * segment_stride];
+  }
+};
+
+// T is what scores are computed in: float, or double for float64 inputs.
+template <typename T>
+struct Attention {
+  Element element;
+  int64_t kv_heads, group;  // query head h belongs to KV head h / group
+  int64_t width, value_width, segments;
+  HeadRows query;
+  const int64_t* query_offsets;  // or null: all sequences share the rows [0, latent_rows)
+  int64_t latent_rows;
+  const AttentionSegment* segment;
+  PerSegment<T> log_bias;    // in units of log2
+  PerSegment<T> value_gate;
+  const T* sink;             // [query heads], in units of log2, or null
+  const T* query_norm;       // [width] or null
+  const T* key_norm;         // [width] or null
+  double scale, norm_eps;
+};
+
+// Contiguous results; `row` of query i of a sequence is that of the offsets, or sequence · latent_rows + i.
+template <typename T>
+struct AttentionResults {
+  void* out;    // [rows, heads, value_width]
+  double* lse;  // [rows, heads], natural logarithm
+  T* mass;      // [rows, heads, segments] or null
+};
+
+// What one task computes: queries [first_row, last_row) of a sequence, for the KV heads [first_head, last_head).
+struct AttentionUnit {
+  int64_t sequence, first_head, last_head, first_row, last_row;
+};
+
+// The kernels of one ISA.
+template <typename T>
+struct AttentionForward {
+  // How much scratch a task needs.
+  int64_t (*scratch_bytes)(const Attention<T>&);
+  void (*attend)(const Attention<T>&, const AttentionResults<T>&, const AttentionUnit&, char* scratch);
+};
+
+#define MMREC_DECLARE(isa)                           \
+  namespace isa {                                    \
+  void attention_kernels(AttentionForward<float>&);  \
+  void attention_kernels(AttentionForward<double>&); \
+  }
+MMREC_FOR_EACH_ISA(MMREC_DECLARE)
+#undef MMREC_DECLARE
+
+}  // namespace mmrec

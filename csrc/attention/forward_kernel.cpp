@@ -1,0 +1,690 @@
+// Attention, the forward: a running softmax over the segments of a sequence.
+//
+// Work: 4 · rows · keys · width flops; every key and value is read once per block of rows, from where it lies. All heads of a
+// block of keys are done before the next block, so that rows are read as they follow each other in memory.
+
+#include <type_traits>
+
+#include "../common/exp2.h"
+#include "../common/pack.h"
+#include "../common/rows.h"
+#include "tiles.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+// A reference below all scores; differences stay finite.
+template <typename T>
+constexpr T kNothing = T(-1e30);
+// As many heads at a time as this holds, which the second level of cache does.
+constexpr int64_t kStateBytes = 256 << 10;
+
+// What is staged of rows that cannot be read where they lie: the word type of the products.
+template <typename Kind>
+using Staged = std::conditional_t<Kind::Dot::kColumns == 2, BFloat16, typename Kind::Dot::Word>;
+
+// One block of rows: the queries of a sequence and of `heads` query heads from `first_head` on, row = query · heads + head.
+template <typename Kind, typename T>
+struct Block {
+  using Word = typename Kind::Dot::Word;
+  int64_t kv_head, first_head, heads, rows, lanes;
+  T* queries;    // [rows][padded width]
+  Word* packed;  // [depth][lanes], where there are more than kFewRows
+  T* out;        // [kMoreRows][padded value width]: sums relative to `highest`
+  T* factor;     // [kBlockRows], as all of these
+  T* rest;       // what factor's rounding left
+  T* highest;    // the highest x so far, which weights are relative to; and the product and the bias that it is made of
+  T* product;
+  T* bias_of_highest;
+  T* sum;        // of the segment at hand
+  T* scaled;     // 2^(old highest − new)
+  T* bias;
+  T* gate;
+  T* sums;       // [segments][kBlockRows]
+  T* products;   // [segments][kBlockRows]: of the highest that they are relative to
+  T* biases;
+  bool read, has_bias, has_gate;  // of the segment at hand
+  bool fresh;    // nothing is in `out` yet
+};
+
+// Hands out a piece of memory bit by bit; without memory it only counts.
+struct Arena {
+  char* memory;
+  int64_t used = 0;
+
+  template <typename X>
+  X* take(int64_t count) {
+    X* const taken = memory == nullptr ? nullptr : reinterpret_cast<X*>(memory + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
+    return taken;
+  }
+};
+
+constexpr int64_t kMoreRows = kBlockRows + kGroup;
+
+template <typename Kind, typename T>
+struct Sizes;
+template <typename Kind, typename T>
+void take(Block<Kind, T>& block, const Attention<T>& a, const Sizes<Kind, T>& sizes, Arena& arena);
+
+template <typename Kind, typename T>
+int64_t block_bytes(const Attention<T>& a, const Sizes<Kind, T>& sizes) {
+  Block<Kind, T> block;
+  Arena arena{nullptr};
+  take(block, a, sizes, arena);
+  return arena.used;
+}
+
+// Sizes that all tasks of a problem share.
+template <typename Kind, typename T>
+struct Sizes {
+  using Raw = typename Kind::Raw;
+  static constexpr int64_t kLanes = Vec<T>::kLanes;
+  int64_t depth;         // words of a key
+  int64_t width;         // padded to vectors
+  int64_t value_width;   // padded to vectors, or pairs of them
+  bool keys_in_place, few_keys_in_place, values_in_place, few_values_in_place;
+  int64_t blocks;        // at a time
+
+  explicit Sizes(const Attention<T>& a)
+      : depth(words_of(a.width, Kind::Dot::kColumns)),
+        width(round_up(a.width, kLanes)),
+        value_width(round_up(a.value_width, kLanes * Kind::Dot::kColumns)),
+        keys_in_place(std::is_same_v<Raw, Staged<Kind>> && a.width % Kind::Dot::kColumns == 0),
+        few_keys_in_place(width == a.width),
+        values_in_place(std::is_same_v<Raw, Staged<Kind>> && value_width == a.value_width),
+        few_values_in_place(value_width == a.value_width) {
+    const int64_t fit = kStateBytes / block_bytes<Kind>(a, *this);
+    blocks = at_most(fit < 1 ? 1 : fit, a.kv_heads * a.group);
+  }
+};
+
+template <typename Kind, typename T>
+void take(Block<Kind, T>& block, const Attention<T>& a, const Sizes<Kind, T>& sizes, Arena& arena) {
+  block.queries = arena.take<T>(kBlockRows * sizes.width);
+  block.packed = arena.take<typename Kind::Dot::Word>(sizes.depth * kBlockRows + 64);
+  block.out = arena.take<T>(kMoreRows * sizes.value_width);
+  T** const vectors[] = {&block.factor,          &block.rest, &block.highest, &block.product,
+                         &block.bias_of_highest, &block.sum,  &block.scaled,  &block.bias,
+                         &block.gate};
+  for (T** vector : vectors) *vector = arena.take<T>(kBlockRows);
+  block.sums = arena.take<T>(a.segments * kBlockRows);
+  block.products = arena.take<T>(a.segments * kBlockRows);
+  block.biases = arena.take<T>(a.segments * kBlockRows);
+}
+
+// What a task has beside its blocks.
+template <typename Kind, typename T>
+struct Shared {
+  using Raw = typename Kind::Raw;
+  static constexpr int64_t kMoreKeys = kBlockKeys + 2;
+  T* scores;                       // [kMoreKeys][kBlockRows], or [kFewRows][kBlockKeys]
+  T* weights;                      // pairs of keys
+  T* rstd;                         // [kMoreKeys]
+  T* limit;                        // [kBlockRows]: how many of the keys at hand a row sees
+  Staged<Kind>* keys;              // [kBlockKeys][padded width]
+  Staged<Kind>* values;            // [kMoreKeys][padded value width]
+  Raw *few_keys, *few_values;
+  Staged<Kind>* rounded;           // queries as pairs are made of them
+  int64_t* row;                    // [kMoreKeys]: where the keys at hand lie
+  int64_t* position;               // and their places in the segment
+  const Staged<Kind>** key_rows;   // [kMoreKeys]
+  const Staged<Kind>** value_rows;
+  const Raw** few_key_rows;
+  const Raw** few_value_rows;
+  Raw* zeros;                      // a row of values
+
+  Shared(const Sizes<Kind, T>& sizes, Arena& arena) {
+    scores = arena.take<T>(kMoreKeys * kBlockRows);
+    weights = arena.take<T>(kMoreKeys * kBlockRows);
+    rstd = arena.take<T>(kMoreKeys);
+    limit = arena.take<T>(kBlockRows);
+    keys = arena.take<Staged<Kind>>(kMoreKeys * (sizes.width + 2));
+    values = arena.take<Staged<Kind>>(kMoreKeys * sizes.value_width);
+    few_keys = arena.take<Raw>(kMoreKeys * sizes.width);
+    few_values = arena.take<Raw>(kMoreKeys * sizes.value_width);
+    rounded = arena.take<Staged<Kind>>(kBlockRows * (sizes.width + 2));
+    row = arena.take<int64_t>(kMoreKeys);
+    position = arena.take<int64_t>(kMoreKeys);
+    key_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
+    value_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
+    few_key_rows = arena.take<const Raw*>(kMoreKeys);
+    few_value_rows = arena.take<const Raw*>(kMoreKeys);
+    zeros = arena.take<Raw>(sizes.value_width);
+    if (zeros != nullptr) std::memset(static_cast<void*>(zeros), 0, sizeof(Raw) * static_cast<size_t>(sizes.value_width));
+  }
+};
+
+template <typename To, typename From>
+MMREC_INLINE To converted(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else if constexpr (sizeof(To) == 2) {
+    return narrow(static_cast<float>(x));
+  } else {
+    return static_cast<To>(widen(x));
+  }
+}
+
+// Rows of `width` elements to rows of `padded` ones, the rest zero.
+template <typename To, typename From>
+void stage(const From* from, int64_t width, int64_t padded, To* to) {
+  for (int64_t d = 0; d < width; ++d) to[d] = converted<To>(from[d]);
+  for (int64_t d = width; d < padded; ++d) to[d] = To{};
+}
+
+template <typename Raw, typename T>
+T mean_square(const Raw* row, int64_t width) {
+  return static_cast<T>(dot_in_double(row, row, width) / static_cast<double>(width));
+}
+
+template <typename Kind, typename T>
+class Task {
+  using Raw = typename Kind::Raw;
+  using Dot = typename Kind::Dot;
+  using V = Vec<T>;
+  static constexpr int kLanes = V::kLanes;
+
+ public:
+  Task(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, Arena& arena)
+      : a_(a), to_(to), sizes_(a), shared_(sizes_, arena), unit_(unit), blocks_(arena.take<Block<Kind, T>>(sizes_.blocks)),
+        arena_(arena) {
+    const bool latent = a.query_offsets == nullptr;
+    first_query_ = latent ? 0 : a.query_offsets[unit.sequence];
+    queries_ = latent ? a.latent_rows : a.query_offsets[unit.sequence + 1] - first_query_;
+    first_result_ = latent ? unit.sequence * a.latent_rows : first_query_;
+  }
+
+  void run() {
+    int64_t head = unit_.first_head * a_.group;
+    const int64_t last = unit_.last_head * a_.group;
+    while (head < last) {
+      // Heads whose blocks have the same number of queries.
+      const int64_t together = heads_of_block(head);
+      int64_t next = head, count = 0;
+      while (next < last && count < sizes_.blocks && heads_of_block(next) == together) {
+        blocks_[count].kv_head = next / a_.group;
+        blocks_[count].first_head = next;
+        blocks_[count].heads = together;
+        ++count;
+        next += together;
+      }
+      const int64_t step = kBlockRows / together;
+      for (int64_t query = unit_.first_row; query < unit_.last_row; query += step) {
+        attend(count, query, at_most(query + step, unit_.last_row));
+      }
+      head = next;
+    }
+  }
+
+ private:
+  // The query heads of a KV head go together, unless a bias takes a segment from some of them only: what it removes is not
+  // read.
+  int64_t heads_of_block(int64_t head) const {
+    const int64_t first = head / a_.group * a_.group;
+    if (a_.group > kBlockRows) return 1;
+    for (int64_t m = 0; a_.log_bias.values != nullptr && m < a_.segments; ++m) {
+      for (int64_t h = first + 1; h < first + a_.group; ++h) {
+        if (removed(first, m) != removed(h, m)) return 1;
+      }
+    }
+    return a_.group;
+  }
+
+  bool removed(int64_t head, int64_t m) const {
+    return a_.log_bias.values != nullptr && a_.log_bias.at(unit_.sequence, head, m) == -static_cast<T>(__builtin_huge_val());
+  }
+
+  void attend(int64_t count, int64_t first, int64_t last) {
+    Block<Kind, T>* const blocks = blocks_;
+    Arena arena = arena_;
+    for (int64_t n = 0; n < count; ++n) {
+      take(blocks[n], a_, sizes_, arena);
+      start(blocks[n], first, last);
+    }
+    for (int64_t m = 0; m < a_.segments; ++m) {
+      const AttentionSegment& segment = a_.segment[m];
+      const int64_t begin = segment.offsets[unit_.sequence], end = segment.offsets[unit_.sequence + 1];
+      for (int64_t n = 0; n < count; ++n) start_segment(blocks[n], m);
+      // Query i sees the keys up to i + keys − queries.
+      const int64_t ahead = end - begin - queries_;
+      const int64_t seen = segment.causal ? at_most(last + ahead, end - begin) : end - begin;
+      for (int64_t next = 0; next < seen;) {
+        int64_t keys = 0;
+        for (; next < seen && keys < kBlockKeys; ++next) {
+          const int64_t row = segment.index != nullptr ? segment.index[begin + next] : begin + next;
+          if (row < 0) continue;
+          shared_.row[keys] = row;
+          shared_.position[keys++] = next;
+        }
+        if (keys == 0) break;
+        for (int64_t n = 0; n < count; ++n) {
+          if (blocks[n].read) meet(blocks[n], segment, keys, segment.causal ? first + ahead : seen, ahead, first);
+        }
+      }
+      for (int64_t n = 0; n < count; ++n) {
+        std::memcpy(blocks[n].sums + m * kBlockRows, blocks[n].sum, sizeof(T) * kBlockRows);
+        std::memcpy(blocks[n].products + m * kBlockRows, blocks[n].product, sizeof(T) * kBlockRows);
+        std::memcpy(blocks[n].biases + m * kBlockRows, blocks[n].bias_of_highest, sizeof(T) * kBlockRows);
+      }
+    }
+    for (int64_t n = 0; n < count; ++n) finish(blocks[n], first);
+  }
+
+  void start(Block<Kind, T>& block, int64_t first, int64_t last) {
+    block.rows = (last - first) * block.heads;
+    block.lanes = round_up(block.rows, kLanes);
+    block.fresh = true;
+    std::memset(block.out, 0, sizeof(T) * static_cast<size_t>(kMoreRows * sizes_.value_width));
+    const auto* const queries = static_cast<const Raw*>(a_.query.values);
+    // Factors are not negative, so that the highest product is the highest score of its segment.
+    const double scale = a_.scale < 0 ? -a_.scale : a_.scale;
+    for (int64_t r = 0; r < kBlockRows; ++r) {
+      set_factor(block, r, scale * kLog2E);
+      block.highest[r] = block.bias_of_highest[r] = kNothing<T>;
+      block.product[r] = block.bias[r] = T(0);
+      block.gate[r] = T(1);
+    }
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const Raw* const query = queries + (first_query_ + first + r / block.heads) * a_.query.row_stride +
+                               (block.first_head + r % block.heads) * a_.query.head_stride;
+      T* const to = block.queries + r * sizes_.width;
+      stage(query, a_.width, sizes_.width, to);
+      if (a_.query_norm != nullptr) {
+        const double mean = dot_in_double(query, query, a_.width) / static_cast<double>(a_.width);
+        set_factor(block, r, scale * kLog2E / __builtin_sqrt(mean + a_.norm_eps));
+        for (int64_t d = 0; d < a_.width; ++d) to[d] *= a_.query_norm[d];
+      }
+      if (a_.key_norm != nullptr) {
+        for (int64_t d = 0; d < a_.width; ++d) to[d] *= a_.key_norm[d];
+      }
+      if (a_.scale < 0) {
+        for (int64_t d = 0; d < a_.width; ++d) to[d] = -to[d];
+      }
+    }
+    if (block.rows <= kFewRows) return;
+    if constexpr (Dot::kColumns == 2) {
+      for (int64_t r = 0; r < block.rows; ++r) {
+        stage(block.queries + r * sizes_.width, sizes_.width, sizes_.width, shared_.rounded + r * sizes_.width);
+      }
+      pack_lanes<Dot>(shared_.rounded, sizes_.width, block.rows, a_.width, block.lanes, block.packed);
+    } else {
+      pack_lanes<Dot>(block.queries, sizes_.width, block.rows, a_.width, block.lanes, block.packed);
+    }
+  }
+
+  static void set_factor(Block<Kind, T>& block, int64_t r, double factor) {
+    block.factor[r] = static_cast<T>(factor);
+    block.rest[r] = static_cast<T>(factor - static_cast<double>(block.factor[r]));
+  }
+
+  // 2^(x − x') from products s, s' and the difference of biases: neither x is rounded at its own size. 0 where that would not
+  // be a normal number.
+  static MMREC_INLINE V power(V s, V other, V factor, V bias_difference) {
+    const V x = fma(sub(s, other), factor, bias_difference);
+    return select(greater(broadcast(T(Exp2<T>::kLowest)), x), broadcast(T(0)), exp2<T>(x));
+  }
+
+  // Takes in the highest product of some keys; returns what the sums so far have to be multiplied with.
+  static MMREC_INLINE V raise(Block<Kind, T>& block, int64_t lane, V product) {
+    const V factor = load(block.factor + lane), bias = load(block.bias + lane), old = load(block.highest + lane);
+    const V x = fma(product, factor, bias), old_product = load(block.product + lane);
+    const V old_bias = load(block.bias_of_highest + lane);
+    const uint32_t higher = greater(x, old);
+    const V new_product = select(higher, product, old_product), new_bias = select(higher, bias, old_bias);
+    const V by = select(higher, power(old_product, product, factor, sub(old_bias, bias)), broadcast(T(1)));
+    store(block.highest + lane, select(higher, x, old));
+    store(block.product + lane, new_product);
+    store(block.bias_of_highest + lane, new_bias);
+    store(block.scaled + lane, by);
+    store(block.sum + lane, mul(load(block.sum + lane), by));
+    return by;
+  }
+
+  void start_segment(Block<Kind, T>& block, int64_t m) {
+    std::memset(block.sum, 0, sizeof(T) * kBlockRows);
+    block.read = !removed(block.first_head, m);
+    block.has_bias = a_.log_bias.values != nullptr;
+    block.has_gate = a_.value_gate.values != nullptr;
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const int64_t head = block.first_head + r % block.heads;
+      if (block.has_bias) block.bias[r] = a_.log_bias.at(unit_.sequence, head, m);
+      if (block.has_gate) block.gate[r] = a_.value_gate.at(unit_.sequence, head, m);
+    }
+  }
+
+  // The keys at hand, of which every row sees those before position `all_see` and row r those up to its own limit.
+  void meet(Block<Kind, T>& block, const AttentionSegment& segment, int64_t keys, int64_t all_see, int64_t ahead,
+            int64_t first) {
+    const auto* const key = static_cast<const Raw*>(segment.key.values) + block.kv_head * segment.key.head_stride;
+    const auto* const value = static_cast<const Raw*>(segment.value.values) + block.kv_head * segment.value.head_stride;
+    const bool everyone = shared_.position[keys - 1] <= all_see;
+    if (a_.key_norm != nullptr) {
+      for (int64_t j = 0; j < keys; ++j) {
+        const T mean = mean_square<Raw, T>(key + shared_.row[j] * segment.key.row_stride, a_.width);
+        shared_.rstd[j] = static_cast<T>(1.0 / __builtin_sqrt(static_cast<double>(mean) + a_.norm_eps));
+      }
+      for (int64_t j = keys; j < Shared<Kind, T>::kMoreKeys; ++j) shared_.rstd[j] = T(1);
+    }
+    if (block.rows > kFewRows) {
+      point(key, segment.key.row_stride, keys, a_.width, sizes_.width, sizes_.keys_in_place, shared_.keys, shared_.key_rows);
+      const bool clean = everyone || is_finite(value, segment.value.row_stride, keys);
+      point(value, segment.value.row_stride, keys, a_.value_width, sizes_.value_width, sizes_.values_in_place && clean,
+            shared_.values, shared_.value_rows);
+      for (int64_t r = 0, seen = 0; !everyone && r < block.rows; ++r) {
+        while (seen < keys && shared_.position[seen] <= first + r / block.heads + ahead) ++seen;
+        shared_.limit[r] = static_cast<T>(seen);
+      }
+      if (clean) return many(block, keys, everyone);
+      keep_finite(keys);
+      many(block, keys, everyone);
+      return add_infinite(block, value, segment.value.row_stride, keys);
+    }
+    point(key, segment.key.row_stride, keys, a_.width, sizes_.width, sizes_.few_keys_in_place, shared_.few_keys,
+          shared_.few_key_rows);
+    point(value, segment.value.row_stride, keys, a_.value_width, sizes_.value_width, sizes_.few_values_in_place,
+          shared_.few_values, shared_.few_value_rows);
+    if (everyone && block.rows <= kFewRows) return few(block, 0, block.rows, keys);
+    for (int64_t r = 0; r < block.rows; ++r) {
+      int64_t seen = 0;
+      while (seen < keys && shared_.position[seen] <= first + r / block.heads + ahead) ++seen;
+      if (seen > 0) few(block, r, 1, seen);
+    }
+  }
+
+  // Pointers to the rows at hand, or to copies that are padded and of the right type.
+  template <typename To>
+  void point(const Raw* rows, int64_t stride, int64_t count, int64_t width, int64_t padded, bool in_place, To* copies,
+             const To** pointers) {
+    if constexpr (std::is_same_v<To, Raw>) {
+      if (in_place) {
+        for (int64_t j = 0; j < count; ++j) pointers[j] = rows + shared_.row[j] * stride;
+        pointers[count] = pointers[count - 1];
+        return;
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      pointers[j] = copies + j * padded;
+      stage(rows + shared_.row[j] * stride, width, padded, copies + j * padded);
+    }
+    pointers[count] = pointers[count - 1];
+  }
+
+  // Weights of what a row does not see are 0, and 0 · NaN must not reach it. So infinite numbers and NaN leave the products, and
+  // are added for the rows that see them.
+  bool is_finite(const Raw* value, int64_t stride, int64_t keys) const {
+    bool finite = true;
+    for (int64_t j = 0; j < keys; ++j) {
+      const Raw* const v = value + shared_.row[j] * stride;
+      for (int64_t d = 0; d < a_.value_width; ++d) finite &= widen(v[d]) - widen(v[d]) == 0;
+    }
+    return finite;
+  }
+
+  void keep_finite(int64_t keys) {
+    for (int64_t d = 0; d < keys * sizes_.value_width; ++d) {
+      if (!(widen(shared_.values[d]) - widen(shared_.values[d]) == 0)) shared_.values[d] = Staged<Kind>{};
+    }
+  }
+
+  void add_infinite(Block<Kind, T>& block, const Raw* value, int64_t stride, int64_t keys) {
+    for (int64_t j = 0; j < keys; ++j) {
+      const Raw* const v = value + shared_.row[j] * stride;
+      for (int64_t d = 0; d < a_.value_width; ++d) {
+        const T x = static_cast<T>(widen(v[d]));
+        for (int64_t r = 0; !(x - x == 0) && r < block.rows; ++r) {
+          if (shared_.limit[r] > static_cast<T>(j)) block.out[r * sizes_.value_width + d] += block.gate[r] * x;
+        }
+      }
+    }
+  }
+
+  // Rows in lanes.
+  void many(Block<Kind, T>& block, int64_t keys, bool everyone) {
+    T* const scores = shared_.scores;
+    score_block<Dot>(reinterpret_cast<const typename Dot::Word* const*>(shared_.key_rows), keys, block.packed, block.lanes,
+                     sizes_.depth, scores);
+    T grown = 0;
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+      everyone ? weigh<true>(block, keys, lane) : weigh<false>(block, keys, lane);
+    }
+    for (int64_t r = 0; r < block.rows; ++r) grown += block.scaled[r] == T(1) ? T(0) : T(1);
+    if (grown != T(0) && !block.fresh) rescale(block, 0, block.rows);
+    block.fresh = false;
+#if defined(__AVX512BF16__)
+    if constexpr (Dot::kColumns == 2) {
+      if (keys % 2 != 0) shared_.value_rows[keys] = shared_.zeros;
+      weigh_value_pairs(shared_.weights, block.rows, shared_.value_rows, (keys + 1) / 2, sizes_.value_width, block.out);
+      return;
+    }
+#endif
+    if constexpr (Dot::kColumns == 1) {
+      weigh_values<1, kBlockRows>(scores, block.rows, shared_.value_rows, keys, sizes_.value_width, block.out);
+    }
+  }
+
+  // From scores to weights, in the lanes from `lane` on.
+  template <bool everyone>
+  void weigh(Block<Kind, T>& block, int64_t keys, int64_t lane) {
+    T* const scores = shared_.scores + lane;
+    const V none = broadcast(-static_cast<T>(__builtin_huge_val())), zero = broadcast(T(0));
+    const V limit = everyone ? zero : load(shared_.limit + lane);
+    const auto seen = [&](int64_t j) __attribute__((always_inline)) { return greater(limit, broadcast(static_cast<T>(j))); };
+    V highest = none;
+    for (int64_t j = 0; j < keys; ++j) {
+      V s = load(scores + j * kBlockRows);
+      if (a_.key_norm != nullptr) {
+        s = mul(s, broadcast(shared_.rstd[j]));
+        store(scores + j * kBlockRows, s);
+      }
+      if constexpr (!everyone) s = select(seen(j), s, none);
+      highest = max(s, highest);
+    }
+    raise(block, lane, highest);
+    const V factor = load(block.factor + lane), product = load(block.product + lane);
+    const V bias = sub(load(block.bias + lane), load(block.bias_of_highest + lane));
+    const V gate = load(block.gate + lane);
+    V sum = load(block.sum + lane);
+    const auto weight = [&](int64_t j) __attribute__((always_inline)) {
+      V w = power(load(scores + j * kBlockRows), product, factor, bias);
+      if constexpr (!everyone) w = select(seen(j), w, zero);
+      sum = add(sum, w);
+      return block.has_gate ? mul(w, gate) : w;
+    };
+    if constexpr (Dot::kColumns == 1) {
+      for (int64_t j = 0; j < keys; ++j) store(scores + j * kBlockRows, weight(j));
+    } else {
+#if defined(__AVX512BF16__)
+      float* const to = shared_.weights + lane;
+      for (int64_t j = 0; j + 1 < keys; j += 2) {
+        const V first = weight(j);
+        store(to + j / 2 * kBlockRows, pair_bf16(first, weight(j + 1)));
+      }
+      if (keys % 2 != 0) store(to + keys / 2 * kBlockRows, pair_bf16(weight(keys - 1), zero));
+#endif
+    }
+    store(block.sum + lane, sum);
+  }
+
+  void rescale(Block<Kind, T>& block, int64_t begin, int64_t end) {
+    for (int64_t r = begin; r < end; ++r) {
+      if (block.scaled[r] == T(1)) continue;
+      const V by = broadcast(block.scaled[r]);
+      T* const out = block.out + r * sizes_.value_width;
+      for (int64_t d = 0; d < sizes_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
+    }
+  }
+
+  // `raise` of one row.
+  static void raise_row(Block<Kind, T>& block, int64_t r, T product) {
+    const T x = product * block.factor[r] + block.bias[r];
+    block.scaled[r] = T(1);
+    if (!(x > block.highest[r])) return;
+    T lanes[kLanes];
+    store(lanes, power(broadcast(block.product[r]), broadcast(product), broadcast(block.factor[r]),
+                       broadcast(block.bias_of_highest[r] - block.bias[r])));
+    block.scaled[r] = lanes[0];
+    block.sum[r] *= lanes[0];
+    block.highest[r] = x;
+    block.product[r] = product;
+    block.bias_of_highest[r] = block.bias[r];
+  }
+
+  // The width in lanes: rows [first, first + rows), which all see `keys` keys.
+  void few(Block<Kind, T>& block, int64_t first, int64_t rows, int64_t keys) {
+    T* const scores = shared_.scores;
+    few_scores(shared_.few_key_rows, keys, block.queries + first * sizes_.width, rows, sizes_.width, scores);
+    for (int64_t r = 0; r < rows; ++r) {
+      T* const row = scores + r * kBlockKeys;
+      const int64_t at = first + r;
+      const V none = broadcast(-static_cast<T>(__builtin_huge_val())), zero = broadcast(T(0));
+      for (int64_t j = keys; j < round_up(keys, kLanes); ++j) row[j] = T(0);
+      V top = none;
+      for (int64_t j = 0; j < keys; j += kLanes) {
+        V s = load(row + j);
+        if (a_.key_norm != nullptr) {
+          s = mul(s, load(shared_.rstd + j));
+          store(row + j, s);
+        }
+        top = max(select(lanes_before(keys - j), s, none), top);
+      }
+      raise_row(block, at, reduce_max(top));
+      const V factor = broadcast(block.factor[at]), product = broadcast(block.product[at]);
+      const V bias = broadcast(block.bias[at] - block.bias_of_highest[at]);
+      V sum = zero;
+      for (int64_t j = 0; j < keys; j += kLanes) {
+        V w = select(lanes_before(keys - j), power(load(row + j), product, factor, bias), zero);
+        sum = add(sum, w);
+        if (block.has_gate) w = mul(w, broadcast(block.gate[at]));
+        store(row + j, w);
+      }
+      block.sum[at] += reduce_add(sum);
+    }
+    if (!block.fresh) rescale(block, first, first + rows);
+    block.fresh = false;
+    weigh_values<kBlockKeys, 1>(scores, rows, shared_.few_value_rows, keys, sizes_.value_width,
+                                block.out + first * sizes_.value_width);
+  }
+
+  static MMREC_INLINE uint32_t lanes_before(int64_t count) {
+    return count >= kLanes ? (uint64_t{1} << kLanes) - 1 : (uint32_t{1} << count) - 1;
+  }
+
+  // log2 of numbers in [2^-1000, 2^1000], to double precision: 2 atanh((f − 1) / (f + 1)) for the fraction f.
+  static MMREC_INLINE double log2_of(double x) {
+    int64_t bits;
+    std::memcpy(&bits, &x, sizeof(bits));
+    const int64_t exponent = (bits - 0x3fe6a09e667f3bcd) >> 52;  // so that the fraction lies between the roots of 1/2 and 2
+    bits -= exponent << 52;
+    double f;
+    std::memcpy(&f, &bits, sizeof(f));
+    const double z = (f - 1) / (f + 1), z2 = z * z;
+    double series = 1.0 / 21;
+    for (int n = 19; n >= 1; n -= 2) series = series * z2 + 1.0 / n;
+    return static_cast<double>(exponent) + 2 * kLog2E * z * series;
+  }
+
+  void finish(Block<Kind, T>& block, int64_t first) {
+    const int64_t heads = a_.kv_heads * a_.group;
+    T factors[kBlockRows], totals[kBlockRows];
+    const V zero = broadcast(T(0));
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+      const V factor = load(block.factor + lane);
+      V total = zero;
+      store(factors + lane, broadcast(T(1)));
+      if (a_.sink != nullptr) {
+        // A sink is a bias without a product. What was summed is relative to it where it is highest.
+        for (int l = 0; l < kLanes; ++l) block.bias[lane + l] = lane + l < block.rows ? sink_of(block, lane + l) : kNothing<T>;
+        store(factors + lane, raise(block, lane, zero));
+        const V sink = load(block.bias + lane);
+        total = power(zero, load(block.product + lane), factor, sub(sink, load(block.bias_of_highest + lane)));
+        total = select(greater(sink, broadcast(kNothing<T>)), total, zero);
+      }
+      const V product = load(block.product + lane), bias = load(block.bias_of_highest + lane);
+      for (int64_t m = 0; m < a_.segments; ++m) {
+        // What met no key stays 0 beside what met NaN.
+        T* const sums = block.sums + m * kBlockRows + lane;
+        const V sum = load(sums), by = power(load(block.products + m * kBlockRows + lane), product, factor,
+                                             sub(load(block.biases + m * kBlockRows + lane), bias));
+        const V share = select(greater(sum, zero), mul(sum, by), sum);
+        store(sums, share);
+        total = add(total, share);
+      }
+      store(totals + lane, total);
+    }
+    for (int64_t r = 0; r < block.rows; ++r) {
+      const int64_t head = block.first_head + r % block.heads;
+      const int64_t at = (first_result_ + first + r / block.heads) * heads + head;
+      const bool nothing = totals[r] == T(0);
+      const T inverse = nothing ? T(0) : T(1) / totals[r];
+      T* const out = block.out + r * sizes_.value_width;
+      const V by = broadcast(factors[r] * inverse);
+      for (int64_t d = 0; d < sizes_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
+      write_row(out, a_.value_width, static_cast<Raw*>(to_.out) + at * a_.value_width);
+      if (to_.mass != nullptr) {
+        for (int64_t m = 0; m < a_.segments; ++m) {
+          const T share = block.sums[m * kBlockRows + r];
+          to_.mass[at * a_.segments + m] = share == T(0) ? T(0) : share * inverse;
+        }
+      }
+      bool keys = false;
+      for (int64_t m = 0; m < a_.segments; ++m) keys |= !(block.sums[m * kBlockRows + r] == T(0));
+      if (nothing || !keys) {
+        to_.lse[at] = nothing ? -__builtin_huge_val() : static_cast<double>(a_.sink[head]);
+      } else {
+        const double exact = static_cast<double>(block.factor[r]) + static_cast<double>(block.rest[r]);
+        const double highest = static_cast<double>(block.product[r]) * exact + static_cast<double>(block.bias_of_highest[r]);
+        to_.lse[at] = (highest + log2_of(static_cast<double>(totals[r]))) * kLn2;
+      }
+    }
+  }
+
+  T sink_of(const Block<Kind, T>& block, int64_t r) const {
+    const T sink = static_cast<T>(static_cast<double>(a_.sink[block.first_head + r % block.heads]) * kLog2E);
+    return sink > kNothing<T> ? sink : kNothing<T>;
+  }
+
+  const Attention<T>& a_;
+  const AttentionResults<T>& to_;
+  const Sizes<Kind, T> sizes_;
+  Shared<Kind, T> shared_;
+  const AttentionUnit& unit_;
+  Block<Kind, T>* blocks_;
+  Arena arena_;  // for the blocks' own memory
+  int64_t first_query_, queries_, first_result_;
+};
+
+template <typename T>
+int64_t scratch_bytes(const Attention<T>& a) {
+  int64_t bytes = 0;
+  with_kind<T>(a.element, [&](auto kind) {
+    using Kind = decltype(kind);
+    const Sizes<Kind, T> sizes(a);
+    Arena arena{nullptr};
+    Shared<Kind, T>(sizes, arena);
+    arena.take<Block<Kind, T>>(sizes.blocks);
+    bytes = arena.used + sizes.blocks * block_bytes<Kind>(a, sizes);
+  });
+  return bytes;
+}
+
+template <typename T>
+void attend(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, char* scratch) {
+  with_kind<T>(a.element, [&](auto kind) {
+    Arena arena{scratch};
+    Task<decltype(kind), T>(a, to, unit, arena).run();
+  });
+}
+
+template <typename T>
+constexpr AttentionForward<T> kKernels = {scratch_bytes<T>, attend<T>};
+
+}  // namespace
+
+void attention_kernels(AttentionForward<float>& kernels) { kernels = kKernels<float>; }
+void attention_kernels(AttentionForward<double>& kernels) { kernels = kKernels<double>; }
+
+}  // namespace MMREC_ISA
+}  // namespace mmrec

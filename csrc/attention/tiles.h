@@ -1,0 +1,213 @@
+// The products of attention over rows that lie where they are: nothing of K and V is packed. Rows are named by pointers, so an
+// index into an item store costs no copy.
+//
+// score_block: scores [key][kBlockRows], rows in lanes. The queries are packed [word of width][lanes]; a key's words are
+//     broadcast. Per word: NV loads of queries and R broadcasts for R · NV multiply-adds.
+// few_scores: scores [row][kBlockKeys] of up to kFewRows rows, the width in lanes.
+// weigh_values: out [row][width] += Σ_j weight_rj · v_j, the width in lanes, R rows at a time: per key NV loads and R
+//     broadcasts for R · NV multiply-adds. With pairs two keys share a step.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/kind.h"
+#include "attention_kernel.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+// Calls run(R, first) for parts of [0, count) with a constant R: count itself up to kFewRows, else even numbers up to kGroup, as
+// equal as they get, of which the last may reach one beyond `count`.
+template <typename Run>
+MMREC_INLINE void in_parts(int64_t count, const Run& run) {
+  const int64_t parts = (count + kGroup - 1) / kGroup;
+  const int64_t most = count <= kFewRows ? count : ((count + parts - 1) / parts + 1) / 2 * 2;
+  for (int64_t first = 0; first < count; first += most) {
+    const int64_t left = count - first;
+    switch (left >= most ? most : (left + 1) / 2 * 2) {
+      case 1: run(std::integral_constant<int, 1>(), first); break;
+      case 2: run(std::integral_constant<int, 2>(), first); break;
+      case 3: run(std::integral_constant<int, 3>(), first); break;
+      case 4: run(std::integral_constant<int, 4>(), first); break;
+      case 6: run(std::integral_constant<int, 6>(), first); break;
+#if defined(__AVX512F__)
+      case 8: run(std::integral_constant<int, 8>(), first); break;
+      case 10: run(std::integral_constant<int, 10>(), first); break;
+      case 12: run(std::integral_constant<int, 12>(), first); break;
+#endif
+      default: break;
+    }
+  }
+}
+
+template <typename Dot, int R, int NV>
+__attribute__((noinline)) void score_tile(const typename Dot::Word* const* keys, const typename Dot::Word* queries,
+                                          int64_t lanes, int64_t depth, typename Dot::Sum* scores) {
+  using V = Vec<typename Dot::Sum>;
+  V sums[R][NV];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sums[r][v] = broadcast(typename Dot::Sum(0));
+  }
+  for (int64_t k = 0; k < depth; ++k) {
+    V q[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) q[v] = load(queries + k * lanes + v * V::kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      typename Dot::Word word;
+      std::memcpy(&word, keys[r] + k, sizeof(word));  // a pair of bfloat16 may lie at any even address
+      const V x = broadcast(word);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sums[r][v] = Dot::Step::add(q[v], x, sums[r][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(scores + r * kBlockRows + v * V::kLanes, sums[r][v]);
+  }
+}
+
+// `keys` has one entry more than `count`; `scores` one row more.
+template <typename Dot>
+void score_block(const typename Dot::Word* const* keys, int64_t count, const typename Dot::Word* queries, int64_t lanes,
+                 int64_t depth, typename Dot::Sum* scores) {
+  constexpr int64_t kLanes = Vec<typename Dot::Sum>::kLanes;
+  for (int64_t lane = 0; lane < lanes; lane += 2 * kLanes) {
+    in_parts(count, [&](auto part, int64_t first) __attribute__((always_inline)) {
+      constexpr int R = decltype(part)::value;
+      if (lanes - lane > kLanes) {
+        score_tile<Dot, R, 2>(keys + first, queries + lane, lanes, depth, scores + first * kBlockRows + lane);
+      } else {
+        score_tile<Dot, R, 1>(keys + first, queries + lane, lanes, depth, scores + first * kBlockRows + lane);
+      }
+    });
+  }
+}
+
+// Sums of the lanes of four vectors.
+template <typename V, typename T>
+MMREC_INLINE void four_sums(const V (&x)[4], T* out, int64_t step) {
+  for (int i = 0; i < 4; ++i) out[i * step] = reduce_add(x[i]);
+}
+
+// q_r · k_j for rows of whole vectors.
+template <typename Raw, typename T>
+void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t rows, int64_t padded_width, T* scores) {
+  using V = Vec<T>;
+  for (int64_t j = 0; j < count; j += 4) {
+    const Raw* const four[4] = {keys[j], keys[at_most(j + 1, count - 1)], keys[at_most(j + 2, count - 1)],
+                                keys[at_most(j + 3, count - 1)]};
+    for (int64_t r = 0; r < rows; ++r) {
+      V sums[4];
+      for (V& sum : sums) sum = broadcast(T(0));
+      for (int64_t d = 0; d < padded_width; d += V::kLanes) {
+        const V q = load(queries + r * padded_width + d);
+        for (int i = 0; i < 4; ++i) sums[i] = fma(load(four[i] + d), q, sums[i]);
+      }
+      four_sums(sums, scores + r * kBlockKeys + j, 1);
+    }
+  }
+}
+
+template <int R, int NV, int64_t kRowStep, int64_t kKeyStep, typename Raw, typename T>
+__attribute__((noinline)) void value_tile(const T* weights, const Raw* const* values, int64_t column, int64_t count, T* out,
+                                          int64_t stride) {
+  using V = Vec<T>;
+  V sums[R][NV];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) sums[r][v] = load(out + r * stride + v * V::kLanes);
+  }
+  for (int64_t j = 0; j < count; ++j) {
+    V x[NV];
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) x[v] = load(values[j] + column + v * V::kLanes);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const V w = broadcast(weights[r * kRowStep + j * kKeyStep]);
+#pragma GCC unroll 2
+      for (int v = 0; v < NV; ++v) sums[r][v] = fma(x[v], w, sums[r][v]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 2
+    for (int v = 0; v < NV; ++v) store(out + r * stride + v * V::kLanes, sums[r][v]);
+  }
+}
+
+// `out` and `weights` have room for one row more than `rows`, if these are more than kFewRows.
+template <int64_t kRowStep, int64_t kKeyStep, typename Raw, typename T>
+void weigh_values(const T* weights, int64_t rows, const Raw* const* values, int64_t count, int64_t padded_width, T* out) {
+  constexpr int64_t kLanes = Vec<T>::kLanes;
+  in_parts(rows, [&](auto part, int64_t first) __attribute__((always_inline)) {
+    constexpr int R = decltype(part)::value;
+    int64_t column = 0;
+    for (; column + 2 * kLanes <= padded_width; column += 2 * kLanes) {
+      value_tile<R, 2, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
+                                           out + first * padded_width + column, padded_width);
+    }
+    for (; column < padded_width; column += kLanes) {
+      value_tile<R, 1, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
+                                           out + first * padded_width + column, padded_width);
+    }
+  });
+}
+
+#if defined(__AVX512BF16__)
+// Columns [column, column + 32) of two rows as pairs.
+MMREC_INLINE void interleave(const BFloat16* a, const BFloat16* b, F32 (&out)[2]) {
+  const __m512i x = _mm512_loadu_si512(a), y = _mm512_loadu_si512(b);
+  const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37, 5, 36, 4,
+                                       35, 3, 34, 2, 33, 1, 32, 0);
+  const __m512i high = _mm512_or_si512(low, _mm512_set1_epi16(16));
+  out[0] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, low, y))};
+  out[1] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, high, y))};
+}
+
+template <int R>
+__attribute__((noinline)) void pair_value_tile(const float* weights, const BFloat16* const* values, int64_t column,
+                                               int64_t pairs, float* out, int64_t stride) {
+  F32 sums[R][2];
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    sums[r][0] = load(out + r * stride);
+    sums[r][1] = load(out + r * stride + F32::kLanes);
+  }
+  for (int64_t j = 0; j < pairs; ++j) {
+    F32 x[2];
+    interleave(values[2 * j] + column, values[2 * j + 1] + column, x);
+#pragma GCC unroll 12
+    for (int r = 0; r < R; ++r) {
+      const F32 w = broadcast(weights[r + j * kBlockRows]);
+      sums[r][0] = MultiplyPairs::add(x[0], w, sums[r][0]);
+      sums[r][1] = MultiplyPairs::add(x[1], w, sums[r][1]);
+    }
+  }
+#pragma GCC unroll 12
+  for (int r = 0; r < R; ++r) {
+    store(out + r * stride, sums[r][0]);
+    store(out + r * stride + F32::kLanes, sums[r][1]);
+  }
+}
+
+// Weights of two keys a word, [pair of keys][kBlockRows]; `padded_width` is a multiple of 32.
+inline void weigh_value_pairs(const float* weights, int64_t rows, const BFloat16* const* values, int64_t pairs,
+                              int64_t padded_width, float* out) {
+  in_parts(rows, [&](auto part, int64_t first) __attribute__((always_inline)) {
+    for (int64_t column = 0; column < padded_width; column += 2 * F32::kLanes) {
+      pair_value_tile<decltype(part)::value>(weights + first, values, column, pairs, out + first * padded_width + column,
+                                             padded_width);
+    }
+  });
+}
+#endif
+
+}  // namespace
+}  // namespace MMREC_ISA
+}  // namespace mmrec
