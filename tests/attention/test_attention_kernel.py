@@ -1,0 +1,172 @@
+"""The compiled kernels over many blocks, where the contract tests fit into one: sizes, masks, paths, threads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from attention_oracle import EVERYTHING, FLAGS, Case
+from attention_providers import use_reference
+
+from mmrec_kernels import library
+from mmrec_kernels.attention import AttentionOutput, Segment, cross_modal_attention
+from numerics import errors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# Below, at and above a block of 32 rows and 48 keys; up to 4 rows the width lies in lanes; widths of no whole vector.
+LENGTHS = [[130, 0, 1, 49, 48], [60, 200, 3, 0, 47], [5, 0, 0, 96, 1]]
+QUERIES = [40, 33, 4, 5, 70]
+
+
+def one_head_of_a_group_misses_a_segment() -> Case:
+    case = Case(LENGTHS, QUERIES, width=16, value_width=16, extras=("value_gate", "sink"))
+    case.leaves["log_bias"] = torch.randn(5, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    case.leaves["log_bias"][:, 1, 0] = case.leaves["log_bias"][2, :, 1] = -torch.inf
+    return case
+
+
+CASES = {
+    "groups": lambda: Case(LENGTHS, QUERIES, width=64, value_width=64, extras=EVERYTHING),
+    "a KV head each": lambda: Case(LENGTHS, QUERIES, kv_heads=4, width=32, value_width=96, extras=("log_bias", "sink")),
+    "few rows": lambda: Case(LENGTHS, [1, 2, 3, 4, 0], kv_heads=4, width=64, value_width=32, extras=EVERYTHING),
+    "one query head": lambda: Case(LENGTHS, [1, 31, 32, 64, 65], heads=1, kv_heads=1, width=128, value_width=64),
+    "odd widths": lambda: Case(LENGTHS, QUERIES, width=17, value_width=7, extras=EVERYTHING),
+    "few rows, odd widths": lambda: Case(LENGTHS, [4, 1, 0, 2, 3], kv_heads=4, width=5, value_width=50),
+    "width 1": lambda: Case(LENGTHS, QUERIES, width=1, value_width=1),
+    "indexed": lambda: Case(LENGTHS, QUERIES, width=24, value_width=40, indexed=(0, 2), around=2, extras=("key_norm",)),
+    "causal": lambda: Case(LENGTHS, QUERIES, width=16, value_width=32, causal=(0, 1), extras=("sink",)),
+    "causal, indexed": lambda: Case(LENGTHS, [1, 90, 3, 49, 60], width=16, value_width=16, causal=(0, 1), indexed=(1,)),
+    "latent": lambda: Case(LENGTHS, latent=37, width=32, value_width=32, extras=EVERYTHING),
+    "few latent": lambda: Case(LENGTHS, latent=2, kv_heads=4, width=32, value_width=32, extras=("value_gate",)),
+    "a group beyond a block": lambda: Case(LENGTHS, QUERIES, heads=40, kv_heads=1, width=16, value_width=16),
+    "three heads a group": lambda: Case(LENGTHS, QUERIES, heads=6, kv_heads=2, width=16, value_width=16),
+    "a head misses a segment": one_head_of_a_group_misses_a_segment,
+}
+
+
+def outputs(case: Case, dtype: torch.dtype, **options: Any) -> AttentionOutput:
+    leaves = {name: x.to(dtype) for name, x in case.leaves.items()}
+    return case.call(cross_modal_attention, leaves, **FLAGS, **options)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_many_blocks_equal_the_reference_in_float64(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]()
+    case.leaves = {n: x.to(dtype).double() for n, x in case.leaves.items()}
+    ours = outputs(case, dtype)
+    use_reference(monkeypatch)
+    exact = outputs(case, torch.float64)
+    # Queries times norms are rounded to bfloat16, and so are weights.
+    limit = {torch.float32: 3e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps, torch.float64: 1e-12}[dtype]
+    for x, y, what in zip(ours, exact, ("out", "lse", "mass"), strict=True):
+        assert x is not None and y is not None
+        finite = y.isfinite()
+        assert torch.equal(x.isfinite(), finite), what
+        assert max(errors(x[finite], y[finite])) <= limit, what
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3, 40.0])
+@pytest.mark.parametrize("queries", [2, 20])
+def test_any_scale(scale: float, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    case = Case([[50, 7]], [queries, queries], kv_heads=4, width=16, value_width=16, extras=("query_norm",))
+    ours = outputs(case, torch.float32, scale=scale)
+    case.leaves = {n: x.float().double() for n, x in case.leaves.items()}
+    use_reference(monkeypatch)
+    exact = outputs(case, torch.float64, scale=scale)
+    for x, y in zip(ours, exact, strict=True):
+        assert x is not None and y is not None and max(errors(x, y)) <= 5e-6
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["groups", "few rows", "causal", "indexed"])
+def test_a_sequence_has_the_same_bits_alone_and_for_any_number_of_threads(
+    name: str, dtype: torch.dtype, threads: Any
+) -> None:
+    case = CASES[name]()
+    found = []
+    for count in (1, 2, 4):
+        threads(count)
+        found.append(outputs(case, dtype))
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
+    leaves = {n: x.to(dtype) for n, x in case.leaves.items()}
+    plain = case.call(cross_modal_attention, leaves)
+    assert torch.equal(plain, found[0].out)
+    grown = case.call(cross_modal_attention, {n: x.requires_grad_() for n, x in leaves.items()})
+    assert torch.equal(grown, plain)
+    b, qo = 1, case.query_offsets
+    alone = [
+        Segment(leaves[f"key{m}"], leaves[f"value{m}"], o[b : b + 2], i, c) for m, (o, i, c) in enumerate(case.plan)
+    ]
+    small = {n: leaves[n][b : b + 1] if n == "log_bias" else leaves[n] for n in EVERYTHING if n in leaves}
+    rows = slice(int(qo[b]), int(qo[b + 1]))
+    single = cross_modal_attention(leaves["query"], alone, qo[b : b + 2], **small)
+    assert torch.equal(single[rows], plain[rows])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("heads", [1, 4])
+def test_what_a_causal_query_does_not_see_changes_none_of_its_bits(heads: int, bad: float, dtype: torch.dtype) -> None:
+    """One head: 70 rows in lanes. Four heads of a group: the same with several rows for a query."""
+    case = Case([[70, 3]], [70, 3], heads=heads, kv_heads=1, width=16, value_width=24, causal=(0,))
+    clean = outputs(case, dtype)
+    case.leaves["value0"][50, :, 3] = bad
+    case.leaves["key0"][60] = bad
+    poisoned = outputs(case, dtype)
+    for x, y in zip(clean, poisoned, strict=True):
+        assert x is not None and y is not None
+        assert torch.equal(x[:50], y[:50]) and torch.equal(x[70:], y[70:])
+    seen = poisoned.out[50:60]
+    assert not seen[..., 3].isfinite().any() and torch.equal(seen[..., :3], clean.out[50:60, :, :3])
+    assert torch.equal(torch.isnan(seen[..., 3]), torch.full_like(seen[..., 3], bad != bad, dtype=torch.bool))
+
+
+def test_twenty_runs_give_the_same_bits() -> None:
+    case = CASES["groups"]()
+    first = outputs(case, torch.float32)
+    for _ in range(19):
+        assert all(torch.equal(a, b) for a, b in zip(first, outputs(case, torch.float32), strict=True))
+
+
+def test_seventy_thousand_sequences() -> None:
+    count = 70_000
+    query, key = torch.randn(count, 2, 4), torch.randn(2 * count, 2, 4)
+    offsets = torch.arange(count + 1)
+    out = cross_modal_attention(query, [Segment(key, key, 2 * offsets)], offsets)
+    last = cross_modal_attention(query[-1:], [Segment(key[-2:], key[-2:], torch.tensor([0, 2]))], torch.tensor([0, 1]))
+    assert torch.equal(out[-1:], last) and out.isfinite().all()
+
+
+@pytest.mark.parametrize("queries", [2, 9])
+def test_rows_beyond_two_to_the_31_elements(queries: int) -> None:
+    """Three rows of a stride of 2^30 elements; what lies between is never touched."""
+    room = torch.empty(2**31 + 64, dtype=torch.bfloat16)
+    key = room.as_strided((3, 1, 32), (2**30, 32, 1))
+    key.copy_(torch.randn(3, 1, 32))
+    query, offsets = torch.randn(queries, 1, 32).bfloat16(), torch.tensor([0, 3])
+    far = cross_modal_attention(query, [Segment(key, key, offsets)], torch.tensor([0, queries]))
+    near = cross_modal_attention(query, [Segment(key.clone(), key.clone(), offsets)], torch.tensor([0, queries]))
+    assert torch.equal(far, near)
+
+
+def test_rows_that_do_not_lie_together() -> None:
+    """Heads before rows, every second row, columns of a wider tensor."""
+    query, key = torch.randn(3, 9, 16), torch.randn(3, 50, 32)
+    value = torch.randn(50, 3, 32)
+    wide = [query.transpose(0, 1), key[:, ::2, 5:21].transpose(0, 1), value[::2, :, ::2]]
+    offsets = torch.tensor([0, 25])
+    apart = cross_modal_attention(wide[0], [Segment(wide[1], wide[2], offsets)], torch.tensor([0, 9]))
+    q, k, v = (x.contiguous() for x in wide)
+    assert torch.equal(apart, cross_modal_attention(q, [Segment(k, v, offsets)], torch.tensor([0, 9])))
+
+
+def test_the_compiled_kernels_serve_where_they_are_built() -> None:
+    if library.cpu_isa() == "none":
+        pytest.skip("_C is not built")
+    served = {p.op: p.name for p in library.providers() if p.device == "cpu"}
+    assert served["_attention_forward"] == "compiled"
