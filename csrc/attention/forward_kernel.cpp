@@ -3,27 +3,17 @@
 // Work: 4 · rows · keys · width flops; every key and value is read once per block of rows, from where it lies. All heads of a
 // block of keys are done before the next block, so that rows are read as they follow each other in memory.
 
-#include <type_traits>
-
-#include "../common/exp2.h"
-#include "../common/pack.h"
-#include "../common/rows.h"
-#include "tiles.h"
+#include "keys.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
 
-constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 // A reference below all scores; differences stay finite.
 template <typename T>
 constexpr T kNothing = T(-1e30);
 // As many heads at a time as this holds, which the second level of cache does.
 constexpr int64_t kStateBytes = 256 << 10;
-
-// What is staged of rows that cannot be read where they lie: the word type of the products.
-template <typename Kind>
-using Staged = std::conditional_t<Kind::Dot::kColumns == 2, BFloat16, typename Kind::Dot::Word>;
 
 // One block of rows: the queries of a sequence and of `heads` query heads from `first_head` on, row = query · heads + head.
 template <typename Kind, typename T>
@@ -49,63 +39,11 @@ struct Block {
   bool fresh;    // nothing is in `out` yet
 };
 
-// Hands out a piece of memory bit by bit; without memory it only counts.
-struct Arena {
-  char* memory;
-  int64_t used = 0;
-
-  template <typename X>
-  X* take(int64_t count) {
-    X* const taken = memory == nullptr ? nullptr : reinterpret_cast<X*>(memory + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
-    return taken;
-  }
-};
-
-constexpr int64_t kMoreRows = kBlockRows + kGroup;
-
 template <typename Kind, typename T>
-struct Sizes;
-template <typename Kind, typename T>
-void take(Block<Kind, T>& block, const Attention<T>& a, const Sizes<Kind, T>& sizes, Arena& arena);
-
-template <typename Kind, typename T>
-int64_t block_bytes(const Attention<T>& a, const Sizes<Kind, T>& sizes) {
-  Block<Kind, T> block;
-  Arena arena{nullptr};
-  take(block, a, sizes, arena);
-  return arena.used;
-}
-
-// Sizes that all tasks of a problem share.
-template <typename Kind, typename T>
-struct Sizes {
-  using Raw = typename Kind::Raw;
-  static constexpr int64_t kLanes = Vec<T>::kLanes;
-  int64_t depth;         // words of a key
-  int64_t width;         // padded to vectors
-  int64_t value_width;   // padded to vectors, or pairs of them
-  bool keys_in_place, few_keys_in_place, values_in_place, few_values_in_place;
-  int64_t blocks;        // at a time
-
-  explicit Sizes(const Attention<T>& a)
-      : depth(words_of(a.width, Kind::Dot::kColumns)),
-        width(round_up(a.width, kLanes)),
-        value_width(round_up(a.value_width, kLanes * Kind::Dot::kColumns)),
-        keys_in_place(std::is_same_v<Raw, Staged<Kind>> && a.width % Kind::Dot::kColumns == 0),
-        few_keys_in_place(width == a.width),
-        values_in_place(std::is_same_v<Raw, Staged<Kind>> && value_width == a.value_width),
-        few_values_in_place(value_width == a.value_width) {
-    const int64_t fit = kStateBytes / block_bytes<Kind>(a, *this);
-    blocks = at_most(fit < 1 ? 1 : fit, a.kv_heads * a.group);
-  }
-};
-
-template <typename Kind, typename T>
-void take(Block<Kind, T>& block, const Attention<T>& a, const Sizes<Kind, T>& sizes, Arena& arena) {
-  block.queries = arena.take<T>(kBlockRows * sizes.width);
-  block.packed = arena.take<typename Kind::Dot::Word>(sizes.depth * kBlockRows + 64);
-  block.out = arena.take<T>(kMoreRows * sizes.value_width);
+void take(Block<Kind, T>& block, const Attention<T>& a, const Widths<Kind>& widths, Arena& arena) {
+  block.queries = arena.take<T>(kBlockRows * widths.width);
+  block.packed = arena.take<typename Kind::Dot::Word>(widths.depth * kBlockRows + 64);
+  block.out = arena.take<T>(kMoreRows * widths.value_width);
   T** const vectors[] = {&block.factor,          &block.rest, &block.highest, &block.product,
                          &block.bias_of_highest, &block.sum,  &block.scaled,  &block.bias,
                          &block.gate};
@@ -115,70 +53,37 @@ void take(Block<Kind, T>& block, const Attention<T>& a, const Sizes<Kind, T>& si
   block.biases = arena.take<T>(a.segments * kBlockRows);
 }
 
-// What a task has beside its blocks.
+template <typename Kind, typename T>
+int64_t block_bytes(const Attention<T>& a, const Widths<Kind>& widths) {
+  Block<Kind, T> block;
+  Arena arena{nullptr};
+  take(block, a, widths, arena);
+  return arena.used;
+}
+
+// How many blocks a task holds at a time.
+template <typename Kind, typename T>
+int64_t blocks_at_a_time(const Attention<T>& a, const Widths<Kind>& widths) {
+  const int64_t fit = kStateBytes / block_bytes<Kind>(a, widths);
+  return at_most(fit < 1 ? 1 : fit, a.kv_heads * a.group);
+}
+
+// What a task has beside its blocks and keys.
 template <typename Kind, typename T>
 struct Shared {
-  using Raw = typename Kind::Raw;
-  static constexpr int64_t kMoreKeys = kBlockKeys + 2;
-  T* scores;                       // [kMoreKeys][kBlockRows], or [kFewRows][kBlockKeys]
-  T* weights;                      // pairs of keys
-  T* rstd;                         // [kMoreKeys]
-  T* limit;                        // [kBlockRows]: how many of the keys at hand a row sees
-  Staged<Kind>* keys;              // [kBlockKeys][padded width]
-  Staged<Kind>* values;            // [kMoreKeys][padded value width]
-  Raw *few_keys, *few_values;
-  Staged<Kind>* rounded;           // queries as pairs are made of them
-  int64_t* row;                    // [kMoreKeys]: where the keys at hand lie
-  int64_t* position;               // and their places in the segment
-  const Staged<Kind>** key_rows;   // [kMoreKeys]
-  const Staged<Kind>** value_rows;
-  const Raw** few_key_rows;
-  const Raw** few_value_rows;
-  Raw* zeros;                      // a row of values
+  T* scores;              // [kMoreKeys][kBlockRows], or [kFewRows][kBlockKeys]
+  T* weights;             // pairs of keys
+  Staged<Kind>* rounded;  // queries as pairs are made of them
+  Staged<Kind>* zeros;    // a row of values
 
-  Shared(const Sizes<Kind, T>& sizes, Arena& arena) {
+  Shared(const Widths<Kind>& widths, Arena& arena) {
     scores = arena.take<T>(kMoreKeys * kBlockRows);
     weights = arena.take<T>(kMoreKeys * kBlockRows);
-    rstd = arena.take<T>(kMoreKeys);
-    limit = arena.take<T>(kBlockRows);
-    keys = arena.take<Staged<Kind>>(kMoreKeys * (sizes.width + 2));
-    values = arena.take<Staged<Kind>>(kMoreKeys * sizes.value_width);
-    few_keys = arena.take<Raw>(kMoreKeys * sizes.width);
-    few_values = arena.take<Raw>(kMoreKeys * sizes.value_width);
-    rounded = arena.take<Staged<Kind>>(kBlockRows * (sizes.width + 2));
-    row = arena.take<int64_t>(kMoreKeys);
-    position = arena.take<int64_t>(kMoreKeys);
-    key_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
-    value_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
-    few_key_rows = arena.take<const Raw*>(kMoreKeys);
-    few_value_rows = arena.take<const Raw*>(kMoreKeys);
-    zeros = arena.take<Raw>(sizes.value_width);
-    if (zeros != nullptr) std::memset(static_cast<void*>(zeros), 0, sizeof(Raw) * static_cast<size_t>(sizes.value_width));
+    rounded = arena.take<Staged<Kind>>(kBlockRows * (widths.width + 2));
+    zeros = arena.take<Staged<Kind>>(widths.value_width);
+    if (zeros != nullptr) std::memset(static_cast<void*>(zeros), 0, sizeof(*zeros) * static_cast<size_t>(widths.value_width));
   }
 };
-
-template <typename To, typename From>
-MMREC_INLINE To converted(From x) {
-  if constexpr (std::is_same_v<To, From>) {
-    return x;
-  } else if constexpr (sizeof(To) == 2) {
-    return narrow(static_cast<float>(x));
-  } else {
-    return static_cast<To>(widen(x));
-  }
-}
-
-// Rows of `width` elements to rows of `padded` ones, the rest zero.
-template <typename To, typename From>
-void stage(const From* from, int64_t width, int64_t padded, To* to) {
-  for (int64_t d = 0; d < width; ++d) to[d] = converted<To>(from[d]);
-  for (int64_t d = width; d < padded; ++d) to[d] = To{};
-}
-
-template <typename Raw, typename T>
-T mean_square(const Raw* row, int64_t width) {
-  return static_cast<T>(dot_in_double(row, row, width) / static_cast<double>(width));
-}
 
 template <typename Kind, typename T>
 class Task {
@@ -189,7 +94,14 @@ class Task {
 
  public:
   Task(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, Arena& arena)
-      : a_(a), to_(to), sizes_(a), shared_(sizes_, arena), unit_(unit), blocks_(arena.take<Block<Kind, T>>(sizes_.blocks)),
+      : a_(a),
+        to_(to),
+        widths_(a, false),
+        shared_(widths_, arena),
+        keys_(widths_, arena),
+        unit_(unit),
+        most_blocks_(blocks_at_a_time<Kind>(a, widths_)),
+        blocks_(arena.take<Block<Kind, T>>(most_blocks_)),
         arena_(arena) {
     const bool latent = a.query_offsets == nullptr;
     first_query_ = latent ? 0 : a.query_offsets[unit.sequence];
@@ -202,9 +114,9 @@ class Task {
     const int64_t last = unit_.last_head * a_.group;
     while (head < last) {
       // Heads whose blocks have the same number of queries.
-      const int64_t together = heads_of_block(head);
+      const int64_t together = heads_of_block(a_, unit_.sequence, head);
       int64_t next = head, count = 0;
-      while (next < last && count < sizes_.blocks && heads_of_block(next) == together) {
+      while (next < last && count < most_blocks_ && heads_of_block(a_, unit_.sequence, next) == together) {
         blocks_[count].kv_head = next / a_.group;
         blocks_[count].first_head = next;
         blocks_[count].heads = together;
@@ -220,28 +132,11 @@ class Task {
   }
 
  private:
-  // The query heads of a KV head go together, unless a bias takes a segment from some of them only: what it removes is not
-  // read.
-  int64_t heads_of_block(int64_t head) const {
-    const int64_t first = head / a_.group * a_.group;
-    if (a_.group > kBlockRows) return 1;
-    for (int64_t m = 0; a_.log_bias.values != nullptr && m < a_.segments; ++m) {
-      for (int64_t h = first + 1; h < first + a_.group; ++h) {
-        if (removed(first, m) != removed(h, m)) return 1;
-      }
-    }
-    return a_.group;
-  }
-
-  bool removed(int64_t head, int64_t m) const {
-    return a_.log_bias.values != nullptr && a_.log_bias.at(unit_.sequence, head, m) == -static_cast<T>(__builtin_huge_val());
-  }
-
   void attend(int64_t count, int64_t first, int64_t last) {
     Block<Kind, T>* const blocks = blocks_;
     Arena arena = arena_;
     for (int64_t n = 0; n < count; ++n) {
-      take(blocks[n], a_, sizes_, arena);
+      take(blocks[n], a_, widths_, arena);
       start(blocks[n], first, last);
     }
     for (int64_t m = 0; m < a_.segments; ++m) {
@@ -251,17 +146,9 @@ class Task {
       // Query i sees the keys up to i + keys − queries.
       const int64_t ahead = end - begin - queries_;
       const int64_t seen = segment.causal ? at_most(last + ahead, end - begin) : end - begin;
-      for (int64_t next = 0; next < seen;) {
-        int64_t keys = 0;
-        for (; next < seen && keys < kBlockKeys; ++next) {
-          const int64_t row = segment.index != nullptr ? segment.index[begin + next] : begin + next;
-          if (row < 0) continue;
-          shared_.row[keys] = row;
-          shared_.position[keys++] = next;
-        }
-        if (keys == 0) break;
+      for (int64_t next = 0; keys_.gather(segment, begin, seen, next);) {
         for (int64_t n = 0; n < count; ++n) {
-          if (blocks[n].read) meet(blocks[n], segment, keys, segment.causal ? first + ahead : seen, ahead, first);
+          if (blocks[n].read) meet(blocks[n], segment, segment.causal ? first + ahead : seen, ahead, first);
         }
       }
       for (int64_t n = 0; n < count; ++n) {
@@ -277,7 +164,7 @@ class Task {
     block.rows = (last - first) * block.heads;
     block.lanes = round_up(block.rows, kLanes);
     block.fresh = true;
-    std::memset(block.out, 0, sizeof(T) * static_cast<size_t>(kMoreRows * sizes_.value_width));
+    std::memset(block.out, 0, sizeof(T) * static_cast<size_t>(kMoreRows * widths_.value_width));
     const auto* const queries = static_cast<const Raw*>(a_.query.values);
     // Factors are not negative, so that the highest product is the highest score of its segment.
     const double scale = a_.scale < 0 ? -a_.scale : a_.scale;
@@ -290,8 +177,8 @@ class Task {
     for (int64_t r = 0; r < block.rows; ++r) {
       const Raw* const query = queries + (first_query_ + first + r / block.heads) * a_.query.row_stride +
                                (block.first_head + r % block.heads) * a_.query.head_stride;
-      T* const to = block.queries + r * sizes_.width;
-      stage(query, a_.width, sizes_.width, to);
+      T* const to = block.queries + r * widths_.width;
+      stage(query, a_.width, widths_.width, to);
       if (a_.query_norm != nullptr) {
         const double mean = dot_in_double(query, query, a_.width) / static_cast<double>(a_.width);
         set_factor(block, r, scale * kLog2E / __builtin_sqrt(mean + a_.norm_eps));
@@ -307,11 +194,11 @@ class Task {
     if (block.rows <= kFewRows) return;
     if constexpr (Dot::kColumns == 2) {
       for (int64_t r = 0; r < block.rows; ++r) {
-        stage(block.queries + r * sizes_.width, sizes_.width, sizes_.width, shared_.rounded + r * sizes_.width);
+        stage(block.queries + r * widths_.width, widths_.width, widths_.width, shared_.rounded + r * widths_.width);
       }
-      pack_lanes<Dot>(shared_.rounded, sizes_.width, block.rows, a_.width, block.lanes, block.packed);
+      pack_lanes<Dot>(shared_.rounded, widths_.width, block.rows, a_.width, block.lanes, block.packed);
     } else {
-      pack_lanes<Dot>(block.queries, sizes_.width, block.rows, a_.width, block.lanes, block.packed);
+      pack_lanes<Dot>(block.queries, widths_.width, block.rows, a_.width, block.lanes, block.packed);
     }
   }
 
@@ -345,7 +232,7 @@ class Task {
 
   void start_segment(Block<Kind, T>& block, int64_t m) {
     std::memset(block.sum, 0, sizeof(T) * kBlockRows);
-    block.read = !removed(block.first_head, m);
+    block.read = !is_removed(a_, unit_.sequence, block.first_head, m);
     block.has_bias = a_.log_bias.values != nullptr;
     block.has_gate = a_.value_gate.values != nullptr;
     for (int64_t r = 0; r < block.rows; ++r) {
@@ -355,97 +242,57 @@ class Task {
     }
   }
 
-  // The keys at hand, of which every row sees those before position `all_see` and row r those up to its own limit.
-  void meet(Block<Kind, T>& block, const AttentionSegment& segment, int64_t keys, int64_t all_see, int64_t ahead,
-            int64_t first) {
+  // The keys at hand, of which every row sees those up to place `all_see`, and query i those up to i + ahead.
+  void meet(Block<Kind, T>& block, const AttentionSegment& segment, int64_t all_see, int64_t ahead, int64_t first) {
     const auto* const key = static_cast<const Raw*>(segment.key.values) + block.kv_head * segment.key.head_stride;
     const auto* const value = static_cast<const Raw*>(segment.value.values) + block.kv_head * segment.value.head_stride;
-    const bool everyone = shared_.position[keys - 1] <= all_see;
-    if (a_.key_norm != nullptr) {
-      for (int64_t j = 0; j < keys; ++j) {
-        const T mean = mean_square<Raw, T>(key + shared_.row[j] * segment.key.row_stride, a_.width);
-        shared_.rstd[j] = static_cast<T>(1.0 / __builtin_sqrt(static_cast<double>(mean) + a_.norm_eps));
-      }
-      for (int64_t j = keys; j < Shared<Kind, T>::kMoreKeys; ++j) shared_.rstd[j] = T(1);
-    }
+    const int64_t key_stride = segment.key.row_stride, value_stride = segment.value.row_stride;
+    const bool everyone = keys_.position[keys_.count - 1] <= all_see;
+    if (a_.key_norm != nullptr) keys_.find_rstd(key, key_stride, a_.width, a_.norm_eps);
     if (block.rows > kFewRows) {
-      point(key, segment.key.row_stride, keys, a_.width, sizes_.width, sizes_.keys_in_place, shared_.keys, shared_.key_rows);
-      const bool clean = everyone || is_finite(value, segment.value.row_stride, keys);
-      point(value, segment.value.row_stride, keys, a_.value_width, sizes_.value_width, sizes_.values_in_place && clean,
-            shared_.values, shared_.value_rows);
-      for (int64_t r = 0, seen = 0; !everyone && r < block.rows; ++r) {
-        while (seen < keys && shared_.position[seen] <= first + r / block.heads + ahead) ++seen;
-        shared_.limit[r] = static_cast<T>(seen);
-      }
-      if (clean) return many(block, keys, everyone);
-      keep_finite(keys);
-      many(block, keys, everyone);
-      return add_infinite(block, value, segment.value.row_stride, keys);
+      keys_.point_at_keys(key, key_stride, a_, widths_);
+      const bool clean = everyone || keys_.is_finite(value, value_stride, a_.value_width);
+      Staged<Kind>* const copies = keys_.point_at_values(value, value_stride, a_, widths_, !clean);
+      if (!everyone) keys_.find_limits(block.rows, block.heads, first, ahead);
+      if (clean) return many(block, everyone);
+      keep_finite(copies);
+      many(block, everyone);
+      return add_infinite(block, value, value_stride);
     }
-    point(key, segment.key.row_stride, keys, a_.width, sizes_.width, sizes_.few_keys_in_place, shared_.few_keys,
-          shared_.few_key_rows);
-    point(value, segment.value.row_stride, keys, a_.value_width, sizes_.value_width, sizes_.few_values_in_place,
-          shared_.few_values, shared_.few_value_rows);
-    if (everyone && block.rows <= kFewRows) return few(block, 0, block.rows, keys);
+    keys_.point_at_few(key, key_stride, value, value_stride, a_, widths_);
+    if (everyone) return few(block, 0, block.rows, keys_.count);
     for (int64_t r = 0; r < block.rows; ++r) {
-      int64_t seen = 0;
-      while (seen < keys && shared_.position[seen] <= first + r / block.heads + ahead) ++seen;
+      const int64_t seen = keys_.seen_up_to(first + r / block.heads + ahead);
       if (seen > 0) few(block, r, 1, seen);
     }
   }
 
-  // Pointers to the rows at hand, or to copies that are padded and of the right type.
-  template <typename To>
-  void point(const Raw* rows, int64_t stride, int64_t count, int64_t width, int64_t padded, bool in_place, To* copies,
-             const To** pointers) {
-    if constexpr (std::is_same_v<To, Raw>) {
-      if (in_place) {
-        for (int64_t j = 0; j < count; ++j) pointers[j] = rows + shared_.row[j] * stride;
-        pointers[count] = pointers[count - 1];
-        return;
-      }
-    }
-    for (int64_t j = 0; j < count; ++j) {
-      pointers[j] = copies + j * padded;
-      stage(rows + shared_.row[j] * stride, width, padded, copies + j * padded);
-    }
-    pointers[count] = pointers[count - 1];
-  }
-
   // Weights of what a row does not see are 0, and 0 · NaN must not reach it. So infinite numbers and NaN leave the products, and
   // are added for the rows that see them.
-  bool is_finite(const Raw* value, int64_t stride, int64_t keys) const {
-    bool finite = true;
-    for (int64_t j = 0; j < keys; ++j) {
-      const Raw* const v = value + shared_.row[j] * stride;
-      for (int64_t d = 0; d < a_.value_width; ++d) finite &= widen(v[d]) - widen(v[d]) == 0;
-    }
-    return finite;
-  }
-
-  void keep_finite(int64_t keys) {
-    for (int64_t d = 0; d < keys * sizes_.value_width; ++d) {
-      if (!(widen(shared_.values[d]) - widen(shared_.values[d]) == 0)) shared_.values[d] = Staged<Kind>{};
+  void keep_finite(Staged<Kind>* values) const {
+    for (int64_t d = 0; d < keys_.count * widths_.value_width; ++d) {
+      if (!(widen(values[d]) - widen(values[d]) == 0)) values[d] = Staged<Kind>{};
     }
   }
 
-  void add_infinite(Block<Kind, T>& block, const Raw* value, int64_t stride, int64_t keys) {
-    for (int64_t j = 0; j < keys; ++j) {
-      const Raw* const v = value + shared_.row[j] * stride;
+  void add_infinite(Block<Kind, T>& block, const Raw* value, int64_t stride) const {
+    for (int64_t j = 0; j < keys_.count; ++j) {
+      const Raw* const v = value + keys_.row[j] * stride;
       for (int64_t d = 0; d < a_.value_width; ++d) {
         const T x = static_cast<T>(widen(v[d]));
         for (int64_t r = 0; !(x - x == 0) && r < block.rows; ++r) {
-          if (shared_.limit[r] > static_cast<T>(j)) block.out[r * sizes_.value_width + d] += block.gate[r] * x;
+          if (keys_.limit[r] > static_cast<T>(j)) block.out[r * widths_.value_width + d] += block.gate[r] * x;
         }
       }
     }
   }
 
   // Rows in lanes.
-  void many(Block<Kind, T>& block, int64_t keys, bool everyone) {
+  void many(Block<Kind, T>& block, bool everyone) {
+    const int64_t keys = keys_.count;
     T* const scores = shared_.scores;
-    score_block<Dot>(reinterpret_cast<const typename Dot::Word* const*>(shared_.key_rows), keys, block.packed, block.lanes,
-                     sizes_.depth, scores);
+    score_block<Dot>(reinterpret_cast<const typename Dot::Word* const*>(keys_.key_rows), keys, block.packed, block.lanes,
+                     widths_.depth, scores);
     T grown = 0;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? weigh<true>(block, keys, lane) : weigh<false>(block, keys, lane);
@@ -455,13 +302,13 @@ class Task {
     block.fresh = false;
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kColumns == 2) {
-      if (keys % 2 != 0) shared_.value_rows[keys] = shared_.zeros;
-      weigh_value_pairs(shared_.weights, block.rows, shared_.value_rows, (keys + 1) / 2, sizes_.value_width, block.out);
+      if (keys % 2 != 0) keys_.value_rows[keys] = shared_.zeros;
+      weigh_value_pairs(shared_.weights, block.rows, keys_.value_rows, (keys + 1) / 2, widths_.value_width, block.out);
       return;
     }
 #endif
     if constexpr (Dot::kColumns == 1) {
-      weigh_values<1, kBlockRows>(scores, block.rows, shared_.value_rows, keys, sizes_.value_width, block.out);
+      weigh_values<1, kBlockRows>(scores, block.rows, keys_.value_rows, keys, widths_.value_width, block.out);
     }
   }
 
@@ -470,13 +317,13 @@ class Task {
   void weigh(Block<Kind, T>& block, int64_t keys, int64_t lane) {
     T* const scores = shared_.scores + lane;
     const V none = broadcast(-static_cast<T>(__builtin_huge_val())), zero = broadcast(T(0));
-    const V limit = everyone ? zero : load(shared_.limit + lane);
+    const V limit = everyone ? zero : load(keys_.limit + lane);
     const auto seen = [&](int64_t j) __attribute__((always_inline)) { return greater(limit, broadcast(static_cast<T>(j))); };
     V highest = none;
     for (int64_t j = 0; j < keys; ++j) {
       V s = load(scores + j * kBlockRows);
       if (a_.key_norm != nullptr) {
-        s = mul(s, broadcast(shared_.rstd[j]));
+        s = mul(s, broadcast(keys_.rstd[j]));
         store(scores + j * kBlockRows, s);
       }
       if constexpr (!everyone) s = select(seen(j), s, none);
@@ -512,8 +359,8 @@ class Task {
     for (int64_t r = begin; r < end; ++r) {
       if (block.scaled[r] == T(1)) continue;
       const V by = broadcast(block.scaled[r]);
-      T* const out = block.out + r * sizes_.value_width;
-      for (int64_t d = 0; d < sizes_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
+      T* const out = block.out + r * widths_.value_width;
+      for (int64_t d = 0; d < widths_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
     }
   }
 
@@ -535,7 +382,7 @@ class Task {
   // The width in lanes: rows [first, first + rows), which all see `keys` keys.
   void few(Block<Kind, T>& block, int64_t first, int64_t rows, int64_t keys) {
     T* const scores = shared_.scores;
-    few_scores(shared_.few_key_rows, keys, block.queries + first * sizes_.width, rows, sizes_.width, scores);
+    few_scores(keys_.few_key_rows, keys, block.queries + first * widths_.width, rows, widths_.width, scores);
     for (int64_t r = 0; r < rows; ++r) {
       T* const row = scores + r * kBlockKeys;
       const int64_t at = first + r;
@@ -545,7 +392,7 @@ class Task {
       for (int64_t j = 0; j < keys; j += kLanes) {
         V s = load(row + j);
         if (a_.key_norm != nullptr) {
-          s = mul(s, load(shared_.rstd + j));
+          s = mul(s, load(keys_.rstd + j));
           store(row + j, s);
         }
         top = max(select(lanes_before(keys - j), s, none), top);
@@ -564,8 +411,8 @@ class Task {
     }
     if (!block.fresh) rescale(block, first, first + rows);
     block.fresh = false;
-    weigh_values<kBlockKeys, 1>(scores, rows, shared_.few_value_rows, keys, sizes_.value_width,
-                                block.out + first * sizes_.value_width);
+    weigh_values<kBlockKeys, 1>(scores, rows, keys_.few_value_rows, keys, widths_.value_width,
+                                block.out + first * widths_.value_width);
   }
 
   static MMREC_INLINE uint32_t lanes_before(int64_t count) {
@@ -619,9 +466,9 @@ class Task {
       const int64_t at = (first_result_ + first + r / block.heads) * heads + head;
       const bool nothing = totals[r] == T(0);
       const T inverse = nothing ? T(0) : T(1) / totals[r];
-      T* const out = block.out + r * sizes_.value_width;
+      T* const out = block.out + r * widths_.value_width;
       const V by = broadcast(factors[r] * inverse);
-      for (int64_t d = 0; d < sizes_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
+      for (int64_t d = 0; d < widths_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
       write_row(out, a_.value_width, static_cast<Raw*>(to_.out) + at * a_.value_width);
       if (to_.mass != nullptr) {
         for (int64_t m = 0; m < a_.segments; ++m) {
@@ -648,9 +495,11 @@ class Task {
 
   const Attention<T>& a_;
   const AttentionResults<T>& to_;
-  const Sizes<Kind, T> sizes_;
+  const Widths<Kind> widths_;
   Shared<Kind, T> shared_;
+  Keys<Kind, T> keys_;
   const AttentionUnit& unit_;
+  int64_t most_blocks_;
   Block<Kind, T>* blocks_;
   Arena arena_;  // for the blocks' own memory
   int64_t first_query_, queries_, first_result_;
@@ -661,11 +510,13 @@ int64_t scratch_bytes(const Attention<T>& a) {
   int64_t bytes = 0;
   with_kind<T>(a.element, [&](auto kind) {
     using Kind = decltype(kind);
-    const Sizes<Kind, T> sizes(a);
+    const Widths<Kind> widths(a, false);
+    const int64_t blocks = blocks_at_a_time<Kind>(a, widths);
     Arena arena{nullptr};
-    Shared<Kind, T>(sizes, arena);
-    arena.take<Block<Kind, T>>(sizes.blocks);
-    bytes = arena.used + sizes.blocks * block_bytes<Kind>(a, sizes);
+    Shared<Kind, T>(widths, arena);
+    Keys<Kind, T>(widths, arena);
+    arena.take<Block<Kind, T>>(blocks);
+    bytes = arena.used + blocks * block_bytes<Kind>(a, widths);
   });
   return bytes;
 }

@@ -1,0 +1,208 @@
+// Attention: the keys that rows meet at a time, where they lie or copied where they must be.
+#pragma once
+
+#include <type_traits>
+
+#include "../common/exp2.h"
+#include "../common/pack.h"
+#include "../common/rows.h"
+#include "tiles.h"
+
+namespace mmrec {
+namespace MMREC_ISA {
+namespace {
+
+constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
+// Rows of results are made in whole groups.
+constexpr int64_t kMoreRows = kBlockRows + kGroup, kMoreKeys = kBlockKeys + kGroup;
+
+// What is staged of rows that cannot be read where they lie: the type whose words the products read.
+template <typename Kind>
+using Staged = std::conditional_t<Kind::Dot::kColumns == 2, BFloat16, typename Kind::Dot::Word>;
+
+// Hands out a piece of memory bit by bit; without memory it only counts.
+struct Arena {
+  char* memory;
+  int64_t used = 0;
+
+  template <typename X>
+  X* take(int64_t count) {
+    X* const taken = memory == nullptr ? nullptr : reinterpret_cast<X*>(memory + used);
+    used += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
+    return taken;
+  }
+};
+
+// Widths as the products read them.
+template <typename Kind>
+struct Widths {
+  using Raw = typename Kind::Raw;
+  int64_t depth, value_depth;  // words of a key and of a value
+  int64_t width, value_width;  // padded
+  bool keys_in_place, few_keys_in_place, values_in_place, few_values_in_place;
+
+  // `wide`: keys and values are both multiplied along their width and added up row by row, else keys and values in turn.
+  template <typename T>
+  Widths(const Attention<T>& a, bool wide) {
+    constexpr int64_t kLanes = Vec<T>::kLanes, kColumns = Kind::Dot::kColumns;
+    constexpr bool kSame = std::is_same_v<Raw, Staged<Kind>>;
+    depth = words_of(a.width, kColumns);
+    value_depth = words_of(a.value_width, kColumns);
+    width = round_up(a.width, wide ? kLanes * kColumns : kLanes);
+    value_width = round_up(a.value_width, kLanes * kColumns);
+    keys_in_place = kSame && (wide ? width == a.width : a.width % kColumns == 0);
+    values_in_place = kSame && value_width == a.value_width;
+    few_keys_in_place = width == a.width;
+    few_values_in_place = value_width == a.value_width;
+  }
+};
+
+template <typename To, typename From>
+MMREC_INLINE To converted(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else if constexpr (sizeof(To) == 2) {
+    return narrow(static_cast<float>(x));
+  } else {
+    return static_cast<To>(widen(x));
+  }
+}
+
+// Rows of `width` elements to rows of `padded` ones, the rest zero.
+template <typename To, typename From>
+void stage(const From* from, int64_t width, int64_t padded, To* to) {
+  for (int64_t d = 0; d < width; ++d) to[d] = converted<To>(from[d]);
+  for (int64_t d = width; d < padded; ++d) to[d] = To{};
+}
+
+// A bias of −inf removes a segment from a head of a sequence.
+template <typename T>
+bool is_removed(const Attention<T>& a, int64_t sequence, int64_t head, int64_t m) {
+  return a.log_bias.values != nullptr && a.log_bias.at(sequence, head, m) == -static_cast<T>(__builtin_huge_val());
+}
+
+// How many query heads from `head` on share a block: those of a KV head, unless a bias removes a segment from some of them
+// only, which then do not read it.
+template <typename T>
+int64_t heads_of_block(const Attention<T>& a, int64_t sequence, int64_t head) {
+  const int64_t first = head / a.group * a.group;
+  if (a.group > kBlockRows) return 1;
+  for (int64_t m = 0; a.log_bias.values != nullptr && m < a.segments; ++m) {
+    for (int64_t h = first + 1; h < first + a.group; ++h) {
+      if (is_removed(a, sequence, first, m) != is_removed(a, sequence, h, m)) return 1;
+    }
+  }
+  return a.group;
+}
+
+// Up to kBlockKeys keys of a segment.
+template <typename Kind, typename T>
+struct Keys {
+  using Raw = typename Kind::Raw;
+  int64_t count;
+  int64_t* row;                    // [kMoreKeys]: where they lie
+  int64_t* position;               // and their places in the segment
+  T* rstd;                         // [kMoreKeys]
+  T* limit;                        // [kBlockRows]: how many of them a row sees
+  const Staged<Kind>** key_rows;   // [kMoreKeys]
+  const Staged<Kind>** value_rows;
+  const Raw** few_key_rows;
+  const Raw** few_value_rows;
+
+  Keys(const Widths<Kind>& widths, Arena& arena) {
+    row = arena.take<int64_t>(kMoreKeys);
+    position = arena.take<int64_t>(kMoreKeys);
+    rstd = arena.take<T>(kMoreKeys);
+    limit = arena.take<T>(kBlockRows);
+    key_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
+    value_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
+    few_key_rows = arena.take<const Raw*>(kMoreKeys);
+    few_value_rows = arena.take<const Raw*>(kMoreKeys);
+    keys_ = arena.take<Staged<Kind>>(kMoreKeys * (widths.width + 2));
+    values_ = arena.take<Staged<Kind>>(kMoreKeys * widths.value_width);
+    few_keys_ = arena.take<Raw>(kMoreKeys * widths.width);
+    few_values_ = arena.take<Raw>(kMoreKeys * widths.value_width);
+  }
+
+  // Those from place `next` on and before `end`, of a sequence whose entries begin at `begin`; false if there are none.
+  bool gather(const AttentionSegment& segment, int64_t begin, int64_t end, int64_t& next) {
+    for (count = 0; next < end && count < kBlockKeys; ++next) {
+      const int64_t found = segment.index != nullptr ? segment.index[begin + next] : begin + next;
+      if (found < 0) continue;
+      row[count] = found;
+      position[count++] = next;
+    }
+    return count > 0;
+  }
+
+  void find_rstd(const Raw* key, int64_t stride, int64_t width, double eps) {
+    for (int64_t j = 0; j < count; ++j) {
+      const Raw* const k = key + row[j] * stride;
+      rstd[j] = static_cast<T>(1.0 / __builtin_sqrt(dot_in_double(k, k, width) / static_cast<double>(width) + eps));
+    }
+    for (int64_t j = count; j < kMoreKeys; ++j) rstd[j] = T(1);
+  }
+
+  // How many of them are at or before place `last`.
+  int64_t seen_up_to(int64_t last, int64_t from = 0) const {
+    while (from < count && position[from] <= last) ++from;
+    return from;
+  }
+
+  // Query i sees the places up to i + ahead.
+  void find_limits(int64_t rows, int64_t heads, int64_t first, int64_t ahead) {
+    for (int64_t r = 0, seen = 0; r < rows; ++r) {
+      seen = seen_up_to(first + r / heads + ahead, seen);
+      limit[r] = static_cast<T>(seen);
+    }
+  }
+
+  void point_at_keys(const Raw* key, int64_t stride, const Attention<T>& a, const Widths<Kind>& w) {
+    point(key, stride, a.width, w.width, w.keys_in_place, keys_, key_rows);
+  }
+  // `copied`: not where they lie.
+  Staged<Kind>* point_at_values(const Raw* value, int64_t stride, const Attention<T>& a, const Widths<Kind>& w, bool copied) {
+    point(value, stride, a.value_width, w.value_width, w.values_in_place && !copied, values_, value_rows);
+    return values_;
+  }
+  void point_at_few(const Raw* key, int64_t key_stride, const Raw* value, int64_t value_stride, const Attention<T>& a,
+                    const Widths<Kind>& w) {
+    point(key, key_stride, a.width, w.width, w.few_keys_in_place, few_keys_, few_key_rows);
+    point(value, value_stride, a.value_width, w.value_width, w.few_values_in_place, few_values_, few_value_rows);
+  }
+
+  bool is_finite(const Raw* rows, int64_t stride, int64_t width) const {
+    bool finite = true;
+    for (int64_t j = 0; j < count; ++j) {
+      const Raw* const x = rows + row[j] * stride;
+      for (int64_t d = 0; d < width; ++d) finite &= widen(x[d]) - widen(x[d]) == 0;
+    }
+    return finite;
+  }
+
+ private:
+  // Pointers to the rows at hand, or to copies that are padded and of the right type.
+  template <typename To>
+  void point(const Raw* rows, int64_t stride, int64_t width, int64_t padded, bool in_place, To* copies,
+             const To** pointers) const {
+    if constexpr (std::is_same_v<To, Raw>) {
+      if (in_place) {
+        for (int64_t j = 0; j < count; ++j) pointers[j] = rows + row[j] * stride;
+        pointers[count] = pointers[count - 1];
+        return;
+      }
+    }
+    for (int64_t j = 0; j < count; ++j) {
+      pointers[j] = copies + j * padded;
+      stage(rows + row[j] * stride, width, padded, copies + j * padded);
+    }
+    pointers[count] = pointers[count - 1];
+  }
+
+  Staged<Kind>*keys_, *values_;
+  Raw *few_keys_, *few_values_;
+};
+
+}  // namespace
+}  // namespace MMREC_ISA
+}  // namespace mmrec
