@@ -70,6 +70,34 @@ struct AttentionResults {
   T* mass;      // [rows, heads, segments] or null
 };
 
+// Where the gradients of a segment's keys and values go: row `entry − first_entry` of [entries, kv_heads, width], where an entry
+// is a row, or a place in `index`.
+struct SegmentGradients {
+  void *key, *value;  // or null
+  bool widened;       // T instead of the element type
+  int64_t first_entry;
+};
+
+// What comes from above, and where gradients go. Per sequence: [sequences, …], zero beforehand.
+template <typename T>
+struct AttentionGradients {
+  const void* grad_out;     // [rows, heads, value_width] or null
+  const double* grad_lse;   // [rows, heads] or null
+  const T* grad_mass;       // [rows, heads, segments] or null
+  const void* out;
+  const double* lse;
+  const T* mass;            // where grad_mass is
+  void* query;              // [query rows, heads, width] or null
+  T* latent;                // [sequences from first_sequence on, latent_rows, heads, width] or null: of normalised queries
+  int64_t first_sequence;
+  const SegmentGradients* segment;
+  double* log_bias;         // per sequence [heads, segments], or null
+  double* value_gate;       // per sequence [heads, segments], or null
+  double* sink;             // per sequence [heads], or null
+  double* query_norm;       // per sequence [kv_heads, width], or null
+  double* key_norm;         // per sequence [kv_heads, width], or null
+};
+
 // What one task computes: queries [first_row, last_row) of a sequence, for the KV heads [first_head, last_head).
 struct AttentionUnit {
   int64_t sequence, first_head, last_head, first_row, last_row;
@@ -83,10 +111,21 @@ struct AttentionForward {
   void (*attend)(const Attention<T>&, const AttentionResults<T>&, const AttentionUnit&, char* scratch);
 };
 
-#define MMREC_DECLARE(isa)                           \
-  namespace isa {                                    \
-  void attention_kernels(AttentionForward<float>&);  \
-  void attention_kernels(AttentionForward<double>&); \
+template <typename T>
+struct AttentionBackward {
+  // For sequences of up to `most_queries`.
+  int64_t (*scratch_bytes)(const Attention<T>&, int64_t most_queries);
+  // All rows of a unit's sequence, whatever rows it names.
+  void (*differentiate)(const Attention<T>&, const AttentionGradients<T>&, const AttentionUnit&, int64_t most_queries,
+                        char* scratch);
+};
+
+#define MMREC_DECLARE(isa)                            \
+  namespace isa {                                     \
+  void attention_kernels(AttentionForward<float>&);   \
+  void attention_kernels(AttentionForward<double>&);  \
+  void attention_kernels(AttentionBackward<float>&);  \
+  void attention_kernels(AttentionBackward<double>&); \
   }
 MMREC_FOR_EACH_ISA(MMREC_DECLARE)
 #undef MMREC_DECLARE

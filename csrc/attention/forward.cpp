@@ -53,7 +53,7 @@ Results forward_as(const AttentionArguments& arguments, bool return_mass) {
   const int64_t out_bytes = problem.kernel.value_width * query.element_size();
   fill(to, 0, problem.query_begin(), heads, out_bytes, segments);
   fill(to, problem.query_end(), problem.rows, heads, out_bytes, segments);
-  problem.divide(static_cast<int64_t>(torch::stable::get_num_threads()));
+  problem.divide(static_cast<int64_t>(torch::stable::get_num_threads()), 0, problem.sequences, false);
   const int64_t bytes = kernels<T>().scratch_bytes(problem.kernel);
   for_each_task(
       static_cast<int64_t>(problem.tasks.size()) - 1, [&] { return Buffer<char>(bytes); },

@@ -114,10 +114,7 @@ const T* AttentionProblem<T>::vector_of(const std::optional<Tensor>& tensor) {
 }
 
 template <typename T>
-void AttentionProblem<T>::divide(int64_t threads) {
-  const auto queries_of = [&](int64_t b) {
-    return kernel.query_offsets != nullptr ? kernel.query_offsets[b + 1] - kernel.query_offsets[b] : kernel.latent_rows;
-  };
+void AttentionProblem<T>::divide(int64_t threads, int64_t first, int64_t last, bool whole) {
   // Of one KV head: multiplications, and what a row and a key cost beside them.
   const auto cost_of = [&](int64_t b) {
     int64_t keys = 0;
@@ -125,10 +122,11 @@ void AttentionProblem<T>::divide(int64_t threads) {
     return (queries_of(b) * kernel.group + 4) * (keys + 8);
   };
   int64_t total = 0;
-  for (int64_t b = 0; b < sequences; ++b) total += cost_of(b);
+  for (int64_t b = first; b < last; ++b) total += cost_of(b);
   const int64_t most = total * kernel.kv_heads / (threads * 16) + 1;
   // Blocks of rows begin at multiples of this, whether the heads of a group share them or not.
   const int64_t row_step = std::lcm(kBlockRows / std::min(kernel.group, kBlockRows), kBlockRows);
+  units.clear();
   tasks.assign(1, 0);
   int64_t gathered = 0;
   const auto add = [&](const AttentionUnit& unit, int64_t cost) {
@@ -138,21 +136,24 @@ void AttentionProblem<T>::divide(int64_t threads) {
     tasks.push_back(static_cast<int64_t>(units.size()));
     gathered = 0;
   };
-  for (int64_t b = 0; b < sequences; ++b) {
+  for (int64_t b = first; b < last; ++b) {
     const int64_t queries = queries_of(b), cost = cost_of(b);
-    if (queries == 0) continue;
+    if (queries == 0 && !whole) continue;
     if (cost * kernel.kv_heads <= most) {
       add({b, 0, kernel.kv_heads, 0, queries}, cost * kernel.kv_heads);
       continue;
     }
     const int64_t heads = std::max<int64_t>(most / std::max<int64_t>(cost, 1), 1);
-    const int64_t blocks = (queries + row_step - 1) / row_step;
-    const int64_t parts = std::min(blocks, heads > 1 ? int64_t{1} : cost / most + 1), rows_of_part = (blocks + parts - 1) / parts * row_step;
+    const int64_t blocks = std::max<int64_t>((queries + row_step - 1) / row_step, 1);
+    const int64_t parts = whole || heads > 1 ? 1 : std::min(blocks, cost / most + 1);
+    const int64_t rows_of_part = (blocks + parts - 1) / parts * row_step;
     for (int64_t head = 0; head < kernel.kv_heads; head += heads) {
       const int64_t last_head = std::min(head + heads, kernel.kv_heads);
-      for (int64_t row = 0; row < queries; row += rows_of_part) {
+      int64_t row = 0;
+      do {
         add({b, head, last_head, row, std::min(row + rows_of_part, queries)}, cost * (last_head - head) / parts);
-      }
+        row += rows_of_part;
+      } while (row < queries);
     }
   }
   if (tasks.back() < static_cast<int64_t>(units.size())) tasks.push_back(static_cast<int64_t>(units.size()));

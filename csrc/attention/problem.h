@@ -29,9 +29,15 @@ class AttentionProblem {
   explicit AttentionProblem(const AttentionArguments& arguments);
   AttentionProblem(const AttentionProblem&) = delete;
 
-  // Independent pieces of work in tasks of about the same size: task t has the units [tasks[t], tasks[t + 1]). What a unit
-  // computes does not depend on how sequences are split.
-  void divide(int64_t threads);
+  // Independent pieces of the sequences [first, last) in tasks of about the same size: task t has the units
+  // [tasks[t], tasks[t + 1]). What a unit computes does not depend on how sequences are split. `whole`: sequences are split by
+  // heads only, and those without queries are units too.
+  void divide(int64_t threads, int64_t first, int64_t last, bool whole);
+
+  int64_t queries_of(int64_t sequence) const {
+    return kernel.query_offsets != nullptr ? kernel.query_offsets[sequence + 1] - kernel.query_offsets[sequence]
+                                           : kernel.latent_rows;
+  }
 
   int64_t heads() const { return kernel.kv_heads * kernel.group; }
   int64_t query_begin() const { return kernel.query_offsets != nullptr ? kernel.query_offsets[0] : 0; }

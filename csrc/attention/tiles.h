@@ -113,7 +113,7 @@ void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t
   }
 }
 
-template <int R, int NV, int64_t kRowStep, int64_t kKeyStep, typename Raw, typename T>
+template <typename Step, int R, int NV, int64_t kRowStep, int64_t kKeyStep, typename Raw, typename T>
 __attribute__((noinline)) void value_tile(const T* weights, const Raw* const* values, int64_t column, int64_t count, T* out,
                                           int64_t stride) {
   using V = Vec<T>;
@@ -131,7 +131,7 @@ __attribute__((noinline)) void value_tile(const T* weights, const Raw* const* va
     for (int r = 0; r < R; ++r) {
       const V w = broadcast(weights[r * kRowStep + j * kKeyStep]);
 #pragma GCC unroll 2
-      for (int v = 0; v < NV; ++v) sums[r][v] = fma(x[v], w, sums[r][v]);
+      for (int v = 0; v < NV; ++v) sums[r][v] = Step::add(x[v], w, sums[r][v]);
     }
   }
 #pragma GCC unroll 12
@@ -142,18 +142,18 @@ __attribute__((noinline)) void value_tile(const T* weights, const Raw* const* va
 }
 
 // `out` and `weights` have room for one row more than `rows`, if these are more than kFewRows.
-template <int64_t kRowStep, int64_t kKeyStep, typename Raw, typename T>
+template <int64_t kRowStep, int64_t kKeyStep, typename Step = Multiply, typename Raw, typename T>
 void weigh_values(const T* weights, int64_t rows, const Raw* const* values, int64_t count, int64_t padded_width, T* out) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
   in_parts(rows, [&](auto part, int64_t first) __attribute__((always_inline)) {
     constexpr int R = decltype(part)::value;
     int64_t column = 0;
     for (; column + 2 * kLanes <= padded_width; column += 2 * kLanes) {
-      value_tile<R, 2, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
+      value_tile<Step, R, 2, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
                                            out + first * padded_width + column, padded_width);
     }
     for (; column < padded_width; column += kLanes) {
-      value_tile<R, 1, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
+      value_tile<Step, R, 1, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
                                            out + first * padded_width + column, padded_width);
     }
   });

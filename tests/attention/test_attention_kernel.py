@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from attention_oracle import EVERYTHING, FLAGS, Case
+from attention_oracle import EVERYTHING, FLAGS, Case, gradients, oracle, upstream
 from attention_providers import use_reference
 
 from mmrec_kernels import library
 from mmrec_kernels.attention import AttentionOutput, Segment, cross_modal_attention
-from numerics import errors
+from numerics import assert_accurate, errors
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 # Below, at and above a block of 32 rows and 48 keys; up to 4 rows the width lies in lanes; widths of no whole vector.
@@ -69,16 +69,88 @@ def test_many_blocks_equal_the_reference_in_float64(
         assert max(errors(x[finite], y[finite])) <= limit, what
 
 
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", CASES)
+def test_gradients_over_many_blocks_equal_the_reference_in_float64(
+    name: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = CASES[name]()
+    case.leaves = {n: x.to(dtype).double() for n, x in case.leaves.items()}
+
+    def differentiated(dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        leaves = case.to(dtype)
+        results = case.call(cross_modal_attention, leaves, **FLAGS)
+        return gradients(results, leaves, [u.to(ours_dtype) for u in upstream(results)])
+
+    ours_dtype = dtype
+    ours = differentiated(dtype)
+    use_reference(monkeypatch)
+    exact = differentiated(torch.float64)
+    # dO · out takes its digits from a rounded out; weights and slopes are rounded for products of bfloat16.
+    limit = {torch.float32: 5e-6, torch.bfloat16: 1.5 * torch.finfo(torch.bfloat16).eps, torch.float64: 1e-11}[dtype]
+    for leaf, gradient in ours.items():
+        assert gradient.dtype == dtype and max(errors(gradient, exact[leaf])) <= limit, leaf
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("name", ["groups", "few rows", "causal", "indexed", "latent", "a head misses a segment"])
+def test_gradients_have_the_same_bits_for_any_number_of_threads(name: str, dtype: torch.dtype, threads: Any) -> None:
+    case, found = CASES[name](), []
+    for count in (1, 2, 4):
+        threads(count)
+        leaves = case.to(dtype)
+        results = case.call(cross_modal_attention, leaves, **FLAGS)
+        found.append(gradients(results, leaves, upstream(results)))
+    for other in found[1:]:
+        assert all(torch.equal(found[0][leaf], other[leaf]) for leaf in other)
+
+
+@pytest.mark.parametrize("queries", [2, 12])
+def test_an_item_store_adds_up_over_many_chunks_in_order(queries: int) -> None:
+    """40 MB of shares of 3 rows: several chunks, all on the same rows, in float64 beside index_add."""
+    users, keys, heads, width = 60, 1000, 1, 64
+    store = torch.randn(3, heads, width, dtype=torch.float64, requires_grad=True)
+    index = torch.randint(-1, 3, (users * keys,), generator=torch.Generator().manual_seed(0))
+    query = torch.randn(users * queries, heads, width, dtype=torch.float64)
+    key_offsets, query_offsets = torch.arange(users + 1) * keys, torch.arange(users + 1) * queries
+    out = cross_modal_attention(query, [Segment(store, store, key_offsets, index)], query_offsets)
+    grad = torch.randn_like(out)
+    (gradient,) = torch.autograd.grad(out, store, grad)
+    rows = store.detach()[index.clamp_min(0)].requires_grad_()
+    kept = torch.where(index >= 0, torch.arange(len(index)), -1)
+    apart = cross_modal_attention(query, [Segment(rows, rows, key_offsets, kept)], query_offsets)
+    (shares,) = torch.autograd.grad(apart, rows, grad)
+    expected = torch.zeros_like(gradient).index_add_(0, index.clamp_min(0), shares)
+    torch.testing.assert_close(gradient, expected, rtol=1e-10, atol=1e-12)
+
+
 @pytest.mark.parametrize("scale", [0.0, -0.3, 40.0])
 @pytest.mark.parametrize("queries", [2, 20])
-def test_any_scale(scale: float, queries: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_any_scale(scale: float, queries: int) -> None:
     case = Case([[50, 7]], [queries, queries], kv_heads=4, width=16, value_width=16, extras=("query_norm",))
     ours = outputs(case, torch.float32, scale=scale)
-    case.leaves = {n: x.float().double() for n, x in case.leaves.items()}
-    use_reference(monkeypatch)
-    exact = outputs(case, torch.float64, scale=scale)
-    for x, y in zip(ours, exact, strict=True):
-        assert x is not None and y is not None and max(errors(x, y)) <= 5e-6
+    narrow = {n: x.float() for n, x in case.leaves.items()}
+    eager = case.call(oracle, narrow, scale=scale)
+    exact = case.call(oracle, {n: x.double() for n, x in narrow.items()}, scale=scale)
+    for x, e, y in zip(ours, eager, exact, strict=True):
+        assert x is not None
+        assert_accurate(x, y, e)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.3])
+@pytest.mark.parametrize("queries", [2, 20])
+def test_gradients_of_any_scale(scale: float, queries: int) -> None:
+    case = Case([[50, 7]], [queries, queries], kv_heads=4, width=16, value_width=16, extras=("query_norm",))
+    leaves = case.to(torch.float64)
+
+    def loss(function: Any, **more: Any) -> torch.Tensor:
+        results = case.call(function, leaves, scale=scale, **more)
+        return sum((x * u).sum() for x, u in zip(results, upstream(results), strict=True))
+
+    found = torch.autograd.grad(loss(cross_modal_attention, **FLAGS), list(leaves.values()))
+    exact = torch.autograd.grad(loss(oracle), list(leaves.values()))
+    for x, y in zip(found, exact, strict=True):
+        torch.testing.assert_close(x, y, rtol=1e-9, atol=1e-11)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -169,4 +241,4 @@ def test_the_compiled_kernels_serve_where_they_are_built() -> None:
     if library.cpu_isa() == "none":
         pytest.skip("_C is not built")
     served = {p.op: p.name for p in library.providers() if p.device == "cpu"}
-    assert served["_attention_forward"] == "compiled"
+    assert served["_attention_forward"] == served["_attention_backward"] == "compiled"
