@@ -343,9 +343,9 @@ class Task {
     using Word = typename Dot::Word;
     const int64_t count = keys_.count;
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.key_rows), count, block.packed, block.lanes, widths_.depth,
-                     shared_.scores);
+                     shared_.scores, keys_.values(a_));
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.value_rows), count, block.packed_grads, block.lanes,
-                     widths_.value_depth, shared_.slopes);
+                     widths_.value_depth, shared_.slopes, {nullptr, 0, 0});
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? differentiate<true>(block, m, lane) : differentiate<false>(block, m, lane);
     }

@@ -148,6 +148,11 @@ class Task {
       const int64_t seen = segment.causal ? at_most(last + ahead, end - begin) : end - begin;
       for (int64_t next = 0; keys_.gather(segment, begin, seen, next);) {
         for (int64_t n = 0; n < count; ++n) {
+          if (n + 1 < count) {
+            keys_.expect(segment, blocks[n + 1].kv_head);
+          } else {
+            keys_.expect(segment, begin, seen, next, blocks[0].kv_head);
+          }
           if (blocks[n].read) meet(blocks[n], segment, segment.causal ? first + ahead : seen, ahead, first);
         }
       }
@@ -292,7 +297,7 @@ class Task {
     const int64_t keys = keys_.count;
     T* const scores = shared_.scores;
     score_block<Dot>(reinterpret_cast<const typename Dot::Word* const*>(keys_.key_rows), keys, block.packed, block.lanes,
-                     widths_.depth, scores);
+                     widths_.depth, scores, keys_.values(a_));
     T grown = 0;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? weigh<true>(block, keys, lane) : weigh<false>(block, keys, lane);
@@ -303,12 +308,14 @@ class Task {
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kColumns == 2) {
       if (keys % 2 != 0) keys_.value_rows[keys] = shared_.zeros;
-      weigh_value_pairs(shared_.weights, block.rows, keys_.value_rows, (keys + 1) / 2, widths_.value_width, block.out);
+      weigh_value_pairs(shared_.weights, block.rows, keys_.value_rows, (keys + 1) / 2, widths_.value_width, block.out,
+                        keys_.next_keys(a_));
       return;
     }
 #endif
     if constexpr (Dot::kColumns == 1) {
-      weigh_values<1, kBlockRows>(scores, block.rows, keys_.value_rows, keys, widths_.value_width, block.out);
+      weigh_values<1, kBlockRows>(scores, block.rows, keys_.value_rows, keys, widths_.value_width, block.out,
+                                  keys_.next_keys(a_));
     }
   }
 
@@ -382,7 +389,8 @@ class Task {
   // The width in lanes: rows [first, first + rows), which all see `keys` keys.
   void few(Block<Kind, T>& block, int64_t first, int64_t rows, int64_t keys) {
     T* const scores = shared_.scores;
-    few_scores(keys_.few_key_rows, keys, block.queries + first * widths_.width, rows, widths_.width, scores);
+    few_scores(keys_.few_key_rows, keys, block.queries + first * widths_.width, rows, widths_.width, scores,
+               keys_.few_values(a_));
     for (int64_t r = 0; r < rows; ++r) {
       T* const row = scores + r * kBlockKeys;
       const int64_t at = first + r;
@@ -412,7 +420,7 @@ class Task {
     if (!block.fresh) rescale(block, first, first + rows);
     block.fresh = false;
     weigh_values<kBlockKeys, 1>(scores, rows, keys_.few_value_rows, keys, widths_.value_width,
-                                block.out + first * widths_.value_width);
+                                block.out + first * widths_.value_width, keys_.next_keys(a_));
   }
 
   static MMREC_INLINE uint32_t lanes_before(int64_t count) {

@@ -108,6 +108,8 @@ struct Keys {
   const Staged<Kind>** value_rows;
   const Raw** few_key_rows;
   const Raw** few_value_rows;
+  const char** next;               // [kBlockKeys]: keys that are needed after these
+  int64_t next_count = 0;
 
   Keys(const Widths<Kind>& widths, Arena& arena) {
     row = arena.take<int64_t>(kMoreKeys);
@@ -118,6 +120,7 @@ struct Keys {
     value_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
     few_key_rows = arena.take<const Raw*>(kMoreKeys);
     few_value_rows = arena.take<const Raw*>(kMoreKeys);
+    next = arena.take<const char*>(kBlockKeys);
     keys_ = arena.take<Staged<Kind>>(kMoreKeys * (widths.width + 2));
     values_ = arena.take<Staged<Kind>>(kMoreKeys * widths.value_width);
     few_keys_ = arena.take<Raw>(kMoreKeys * widths.width);
@@ -133,6 +136,29 @@ struct Keys {
       position[count++] = next;
     }
     return count > 0;
+  }
+
+  // Next come the same keys of another head,
+  void expect(const AttentionSegment& segment, int64_t kv_head) {
+    next_count = count;
+    for (int64_t j = 0; j < count; ++j) next[j] = key_at(segment, row[j], kv_head);
+  }
+  // or the next keys of a head.
+  void expect(const AttentionSegment& segment, int64_t begin, int64_t end, int64_t place, int64_t kv_head) {
+    for (next_count = 0; place < end && next_count < kBlockKeys; ++place) {
+      const int64_t found = segment.index != nullptr ? segment.index[begin + place] : begin + place;
+      if (found >= 0) next[next_count++] = key_at(segment, found, kv_head);
+    }
+  }
+  Fetch next_keys(const Attention<T>& a) const {
+    return {next, next_count, a.width * static_cast<int64_t>(sizeof(Raw))};
+  }
+  Fetch values(const Attention<T>& a) const {
+    return {reinterpret_cast<const char* const*>(value_rows), count, a.value_width * static_cast<int64_t>(sizeof(Raw))};
+  }
+
+  Fetch few_values(const Attention<T>& a) const {
+    return {reinterpret_cast<const char* const*>(few_value_rows), count, a.value_width * static_cast<int64_t>(sizeof(Raw))};
   }
 
   void find_rstd(const Raw* key, int64_t stride, int64_t width, double eps) {
@@ -181,6 +207,11 @@ struct Keys {
   }
 
  private:
+  static const char* key_at(const AttentionSegment& segment, int64_t row, int64_t kv_head) {
+    return reinterpret_cast<const char*>(static_cast<const Raw*>(segment.key.values) + row * segment.key.row_stride +
+                                         kv_head * segment.key.head_stride);
+  }
+
   // Pointers to the rows at hand, or to copies that are padded and of the right type.
   template <typename To>
   void point(const Raw* rows, int64_t stride, int64_t width, int64_t padded, bool in_place, To* copies,

@@ -71,14 +71,27 @@ __attribute__((noinline)) void score_tile(const typename Dot::Word* const* keys,
   }
 }
 
-// `keys` has one entry more than `count`; `scores` one row more.
+// Asks for rows that are needed soon: they are too short for the processor to see how they follow each other.
+struct Fetch {
+  const char* const* rows;
+  int64_t count, bytes;
+
+  MMREC_INLINE void operator()(int64_t begin, int64_t end) const {
+    for (int64_t j = begin; j < (end < count ? end : count); ++j) {
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[j] + b, 0, 3);
+    }
+  }
+};
+
+// `keys` has one entry more than `count`; `scores` one row more. While some keys are multiplied, as many rows are fetched.
 template <typename Dot>
 void score_block(const typename Dot::Word* const* keys, int64_t count, const typename Dot::Word* queries, int64_t lanes,
-                 int64_t depth, typename Dot::Sum* scores) {
+                 int64_t depth, typename Dot::Sum* scores, const Fetch& fetch) {
   constexpr int64_t kLanes = Vec<typename Dot::Sum>::kLanes;
   for (int64_t lane = 0; lane < lanes; lane += 2 * kLanes) {
     in_parts(count, [&](auto part, int64_t first) __attribute__((always_inline)) {
       constexpr int R = decltype(part)::value;
+      if (lane == 0) fetch(first, first + R);
       if (lanes - lane > kLanes) {
         score_tile<Dot, R, 2>(keys + first, queries + lane, lanes, depth, scores + first * kBlockRows + lane);
       } else {
@@ -88,17 +101,13 @@ void score_block(const typename Dot::Word* const* keys, int64_t count, const typ
   }
 }
 
-// Sums of the lanes of four vectors.
-template <typename V, typename T>
-MMREC_INLINE void four_sums(const V (&x)[4], T* out, int64_t step) {
-  for (int i = 0; i < 4; ++i) out[i * step] = reduce_add(x[i]);
-}
-
-// q_r · k_j for rows of whole vectors.
+// q_r · k_j for rows of whole vectors; as many rows are fetched.
 template <typename Raw, typename T>
-void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t rows, int64_t padded_width, T* scores) {
+void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t rows, int64_t padded_width, T* scores,
+                const Fetch& fetch = {nullptr, 0, 0}) {
   using V = Vec<T>;
   for (int64_t j = 0; j < count; j += 4) {
+    fetch(j, j + 4);
     const Raw* const four[4] = {keys[j], keys[at_most(j + 1, count - 1)], keys[at_most(j + 2, count - 1)],
                                 keys[at_most(j + 3, count - 1)]};
     for (int64_t r = 0; r < rows; ++r) {
@@ -108,7 +117,7 @@ void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t
         const V q = load(queries + r * padded_width + d);
         for (int i = 0; i < 4; ++i) sums[i] = fma(load(four[i] + d), q, sums[i]);
       }
-      four_sums(sums, scores + r * kBlockKeys + j, 1);
+      four_sums(sums[0], sums[1], sums[2], sums[3], scores + r * kBlockKeys + j);
     }
   }
 }
@@ -143,12 +152,17 @@ __attribute__((noinline)) void value_tile(const T* weights, const Raw* const* va
 
 // `out` and `weights` have room for one row more than `rows`, if these are more than kFewRows.
 template <int64_t kRowStep, int64_t kKeyStep, typename Step = Multiply, typename Raw, typename T>
-void weigh_values(const T* weights, int64_t rows, const Raw* const* values, int64_t count, int64_t padded_width, T* out) {
+void weigh_values(const T* weights, int64_t rows, const Raw* const* values, int64_t count, int64_t padded_width, T* out,
+                  const Fetch& fetch = {nullptr, 0, 0}) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
+  const int64_t tiles = (rows + kGroup - 1) / kGroup * ((padded_width + 2 * kLanes - 1) / (2 * kLanes));
+  int64_t tile = 0;
   in_parts(rows, [&](auto part, int64_t first) __attribute__((always_inline)) {
     constexpr int R = decltype(part)::value;
     int64_t column = 0;
     for (; column + 2 * kLanes <= padded_width; column += 2 * kLanes) {
+      fetch(fetch.count * tile / tiles, fetch.count * (tile + 1) / tiles);
+      ++tile;
       value_tile<Step, R, 2, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
                                            out + first * padded_width + column, padded_width);
     }
@@ -198,9 +212,13 @@ __attribute__((noinline)) void pair_value_tile(const float* weights, const BFloa
 
 // Weights of two keys a word, [pair of keys][kBlockRows]; `padded_width` is a multiple of 32.
 inline void weigh_value_pairs(const float* weights, int64_t rows, const BFloat16* const* values, int64_t pairs,
-                              int64_t padded_width, float* out) {
+                              int64_t padded_width, float* out, const Fetch& fetch = {nullptr, 0, 0}) {
+  const int64_t tiles = (rows + kGroup - 1) / kGroup * (padded_width / (2 * F32::kLanes));
+  int64_t tile = 0;
   in_parts(rows, [&](auto part, int64_t first) __attribute__((always_inline)) {
     for (int64_t column = 0; column < padded_width; column += 2 * F32::kLanes) {
+      fetch(fetch.count * tile / tiles, fetch.count * (tile + 1) / tiles);
+      ++tile;
       pair_value_tile<decltype(part)::value>(weights + first, values, column, pairs, out + first * padded_width + column,
                                              padded_width);
     }

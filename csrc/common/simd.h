@@ -293,6 +293,35 @@ MMREC_INLINE float reduce_add(F32 a) {
 MMREC_INLINE double reduce_add(F64 a) {
   return fold(a, static_cast<double*>(nullptr), [](double x, double y) { return x + y; });
 }
+// The sums of the lanes of four vectors, to four places.
+MMREC_INLINE void four_sums(F64 a, F64 b, F64 c, F64 d, double* out) {
+  out[0] = reduce_add(a);
+  out[1] = reduce_add(b);
+  out[2] = reduce_add(c);
+  out[3] = reduce_add(d);
+}
+#if defined(__AVX2__)
+MMREC_INLINE void four_sums(F32 a, F32 b, F32 c, F32 d, float* out) {
+#if defined(__AVX512F__)
+  const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
+  const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
+  const __m512 both = _mm512_add_ps(_mm512_shuffle_ps(ab, cd, 0x44), _mm512_shuffle_ps(ab, cd, 0xee));
+  const __m256 half = _mm256_add_ps(_mm512_castps512_ps256(both), _mm512_extractf32x8_ps(both, 1));
+#else
+  const __m256 ab = _mm256_add_ps(_mm256_unpacklo_ps(a.v, b.v), _mm256_unpackhi_ps(a.v, b.v));
+  const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
+  const __m256 half = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
+#endif
+  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+}
+#else
+MMREC_INLINE void four_sums(F32 a, F32 b, F32 c, F32 d, float* out) {
+  out[0] = reduce_add(a);
+  out[1] = reduce_add(b);
+  out[2] = reduce_add(c);
+  out[3] = reduce_add(d);
+}
+#endif
 MMREC_INLINE float reduce_max(F32 a) {
   return fold(a, static_cast<float*>(nullptr), [](float x, float y) { return x > y ? x : y; });
 }
