@@ -18,7 +18,7 @@ namespace mmrec {
 
 constexpr int64_t kBlockRows = 32, kBlockKeys = 48;
 // Rows of up to this many are multiplied with the width in lanes, more with the rows in lanes.
-constexpr int64_t kFewRows = 4;
+constexpr int64_t kFewRows = 6;
 
 // Rows [row][head][width] of an element type that goes with it.
 struct HeadRows {

@@ -162,6 +162,7 @@ class Pass {
     side.width = width;
     side.rows = needs != 0 ? torch::stable::new_empty(arguments_.query, {rows, kv_heads, width})
                            : empty(0, arguments_.query.scalar_type());
+    prefer_large_pages(side.rows.mutable_data_ptr(), side.rows.numel() * element);
     side.sums.resize(tensors.size());
     side.shares.resize(tensors.size());
     char* at = static_cast<char*>(side.rows.mutable_data_ptr());

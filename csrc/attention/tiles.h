@@ -30,6 +30,7 @@ MMREC_INLINE void in_parts(int64_t count, const Run& run) {
       case 2: run(std::integral_constant<int, 2>(), first); break;
       case 3: run(std::integral_constant<int, 3>(), first); break;
       case 4: run(std::integral_constant<int, 4>(), first); break;
+      case 5: run(std::integral_constant<int, 5>(), first); break;
       case 6: run(std::integral_constant<int, 6>(), first); break;
 #if defined(__AVX512F__)
       case 8: run(std::integral_constant<int, 8>(), first); break;
