@@ -18,6 +18,7 @@ from .case import MODES, Call, Case, Inputs, Provider, Work, against, generator,
 
 OP = "attention"
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
+_MOST_MASK = 300_000_000
 _MISSING = 0.2  # the share of sequences that lack a modality, the first aside
 
 
@@ -299,6 +300,9 @@ def _flex(given: Inputs, mode: str) -> Call:
     def together(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         return q // shape["queries"] == owner[k]
 
+    if rows * len(owner) > _MOST_MASK:
+        raise MemoryError(f"its block mask starts from a dense matrix of {rows} x {len(owner)}")
+    torch.compiler.reset()  # a compilation per case, of which it allows eight
     blocks = create_block_mask(together, None, None, rows, len(owner), device=str(query.device))
     compiled = torch.compile(flex_attention, dynamic=False)
 

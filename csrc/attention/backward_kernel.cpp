@@ -29,7 +29,8 @@ struct Block {
   T *near, *rest, *shift, *gate, *constant, *slope;  // constant: dmass − D + dlse; slope: − D + dlse
   T *bias_sums, *gate_sums;  // [segments][kBlockRows]
   const T **query_rows, **grad_rows;
-  bool read, finite;
+  bool read;
+  bool finite;  // what is added up row by row, if rows may be hidden from keys
 };
 
 template <typename Kind, typename T>
@@ -125,6 +126,7 @@ class Task {
     for (int64_t m = 0; m < a.segments; ++m) {
       keys_needed_ |= to.segment[m].key != nullptr;
       values_needed_ |= to.segment[m].value != nullptr;
+      any_causal_ |= a.segment[m].causal;
     }
     keys_needed_ |= to.key_norm != nullptr;
     queries_needed_ = to.query != nullptr || to.latent != nullptr || to.query_norm != nullptr;
@@ -207,8 +209,10 @@ class Task {
       }
       block.factor[r] = static_cast<T>(a_.scale * kLog2E * rstd);
       start_grads(block, r);
-      for (int64_t d = 0; d < a_.width; ++d) block.finite &= k[d] - k[d] == 0;
-      for (int64_t d = 0; d < a_.value_width; ++d) block.finite &= block.grad_rows[r][d] - block.grad_rows[r][d] == 0;
+      for (int64_t d = 0; any_causal_ && d < a_.width; ++d) block.finite &= k[d] - k[d] == 0;
+      for (int64_t d = 0; any_causal_ && d < a_.value_width; ++d) {
+        block.finite &= block.grad_rows[r][d] - block.grad_rows[r][d] == 0;
+      }
     }
     for (int64_t r = block.rows; r < kBlockRows; ++r) block.factor[r] = block.slope[r] = T(0);
     if (block.rows <= kFewRows) return;
@@ -573,7 +577,7 @@ class Task {
   Block<Kind, T>* blocks_;
   Arena arena_;  // for the blocks' own memory
   int64_t first_query_, queries_, first_result_, heads_, kv_head_ = 0, count_ = 0;
-  bool keys_needed_ = false, values_needed_ = false, queries_needed_ = false;
+  bool keys_needed_ = false, values_needed_ = false, queries_needed_ = false, any_causal_ = false;
 };
 
 template <typename T>
