@@ -243,21 +243,17 @@ def _padding(given: Inputs, mode: str) -> Call:
 def _one_by_one(given: Inputs, mode: str) -> Call:
     leaves = _leaves(given)
     query, keys, values = _split(leaves)
-    bounds = [offsets.tolist() for offsets in given["offsets"]]
+    lengths = [offsets.diff().tolist() for offsets in given["offsets"]]
 
-    def of_sequence(rows: list[Tensor], b: int) -> Tensor:
-        parts = []
-        for m, x in enumerate(rows):
-            part = slice(bounds[m][b], bounds[m][b + 1])
-            parts.append(x[part] if given["index"] is None else x[given["index"][m][part]])
-        return (parts[0] if len(parts) == 1 else torch.cat(parts)).transpose(0, 1)
+    def by_sequence(rows: list[Tensor]) -> list[Tensor]:
+        """Split once: a slice per sequence would cost its backward a zero tensor of all rows each."""
+        all_rows = rows if given["index"] is None else [x[i] for x, i in zip(rows, given["index"], strict=True)]
+        parts = zip(*(x.split(n) for x, n in zip(all_rows, lengths, strict=True)), strict=True)
+        return [(p[0] if len(p) == 1 else torch.cat(p)).transpose(0, 1) for p in parts]
 
     def forward() -> Tensor:
-        queries = _by_sequence(given, query)
-        return torch.cat([
-            scaled_dot_product_attention(queries[b], of_sequence(keys, b), of_sequence(values, b)).transpose(0, 1)
-            for b in range(given["shape"]["batch"])
-        ])  # fmt: skip
+        found = zip(_by_sequence(given, query).unbind(0), by_sequence(keys), by_sequence(values), strict=True)
+        return torch.cat([scaled_dot_product_attention(q, k, v).transpose(0, 1) for q, k, v in found])
 
     return in_mode(forward, leaves, given["grad"], mode)
 
