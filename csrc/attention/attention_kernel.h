@@ -20,6 +20,9 @@ constexpr int64_t kBlockRows = 32, kBlockKeys = 48;
 // Rows of up to this many are multiplied with the width in lanes, more with the rows in lanes.
 constexpr int64_t kFewRows = 6;
 
+// Biases and sinks are taken for this, in units of log2, where they are larger: references stay below it.
+constexpr double kMostBias = 5e29;
+
 // Rows [row][head][width] of an element type that goes with it.
 struct HeadRows {
   const void* values;

@@ -424,9 +424,14 @@ class Task {
         dp = select(seen, dp, zero);
       }
       gate_sum = fma(p, dp, gate_sum);
-      const V slope = mul(p, fma(dp, gate, constant));
+      V slope = mul(p, fma(dp, gate, constant)), weight = mul(p, gate);
+      if constexpr (!everyone) {  // whatever came from above, and whatever the gate
+        const uint32_t seen = greater(limit, broadcast(static_cast<T>(j)));
+        slope = select(seen, slope, zero);
+        weight = select(seen, weight, zero);
+      }
       bias_sum = add(bias_sum, slope);
-      store(weights, mul(p, gate));
+      store(weights, weight);
       store(slopes, slope);
       if (a_.key_norm != nullptr) store(shared_.scaled + j * kBlockRows + lane, mul(slope, broadcast(keys_.rstd[j])));
     }
@@ -456,9 +461,9 @@ class Task {
         if (a_.key_norm != nullptr) s = mul(s, load(keys_.rstd + j));
         const V p = select(here, weight_of(s, near, rest, factor, shift), zero), dp = select(here, load(slopes), zero);
         gate_sum = fma(p, dp, gate_sum);
-        const V slope = mul(p, fma(dp, gate, constant));
+        const V slope = select(here, mul(p, fma(dp, gate, constant)), zero);
         bias_sum = add(bias_sum, slope);
-        store(weights, mul(p, gate));
+        store(weights, select(here, mul(p, gate), zero));
         store(slopes, slope);
         if (a_.key_norm != nullptr) store(shared_.scaled + r * kBlockKeys + j, mul(slope, load(keys_.rstd + j)));
       }
@@ -467,15 +472,23 @@ class Task {
     }
     const T* const for_queries = a_.key_norm != nullptr ? shared_.scaled : shared_.slopes;
     if (values_needed_) {
-      weigh_values<1, kBlockKeys>(shared_.scores, count, block.grad_rows + first, rows, widths_.value_width, shared_.value_sums);
+      add_to_keys(shared_.scores, count, block.grad_rows + first, rows, widths_.value_width, shared_.value_sums);
     }
     if (keys_needed_) {
-      weigh_values<1, kBlockKeys>(shared_.slopes, count, block.query_rows + first, rows, widths_.width, shared_.key_sums);
+      add_to_keys(shared_.slopes, count, block.query_rows + first, rows, widths_.width, shared_.key_sums);
     }
     if (queries_needed_) {
       weigh_values<kBlockKeys, 1>(for_queries, rows, keys_.few_key_rows, count, widths_.width,
                                   block.sums + first * widths_.width);
     }
+  }
+
+  // To the sums of the first `count` keys. A key behind them, which the rows may not see, keeps its own: the last part of an odd
+  // count would reach it, with weights of 0 but rows that may hold NaN.
+  void add_to_keys(const T* weights, int64_t count, const T* const* from, int64_t rows, int64_t width, T* sums) const {
+    const int64_t even = count > kFewRows ? count / 2 * 2 : count;
+    weigh_values<1, kBlockKeys>(weights, even, from, rows, width, sums);
+    if (even < count) weigh_values<1, kBlockKeys>(weights + even, 1, from, rows, width, sums + even * width);
   }
 
   // A row of a segment's gradients.

@@ -345,7 +345,9 @@ class Task {
       V w = power(load(scores + j * kBlockRows), product, factor, bias);
       if constexpr (!everyone) w = select(seen(j), w, zero);
       sum = add(sum, w);
-      return block.has_gate ? mul(w, gate) : w;
+      if (block.has_gate) w = mul(w, gate);
+      if constexpr (!everyone) w = select(seen(j), w, zero);  // whatever the gate
+      return w;
     };
     if constexpr (Dot::kColumns == 1) {
       for (int64_t j = 0; j < keys; ++j) store(scores + j * kBlockRows, weight(j));
@@ -429,6 +431,7 @@ class Task {
 
   // log2 of numbers in [2^-1000, 2^1000], to double precision: 2 atanh((f − 1) / (f + 1)) for the fraction f.
   static MMREC_INLINE double log2_of(double x) {
+    if (!(x - x == 0)) return x;
     int64_t bits;
     std::memcpy(&bits, &x, sizeof(bits));
     const int64_t exponent = (bits - 0x3fe6a09e667f3bcd) >> 52;  // so that the fraction lies between the roots of 1/2 and 2
@@ -446,7 +449,10 @@ class Task {
     T factors[kBlockRows], totals[kBlockRows];
     const V zero = broadcast(T(0));
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
-      const V factor = load(block.factor + lane);
+      // A query that met no key may hold anything.
+      const uint32_t met = greater(load(block.highest + lane), broadcast(kNothing<T>));
+      const V factor = select(met, load(block.factor + lane), zero);
+      store(block.factor + lane, factor);
       V total = zero;
       store(factors + lane, broadcast(T(1)));
       if (a_.sink != nullptr) {
@@ -455,7 +461,7 @@ class Task {
         store(factors + lane, raise(block, lane, zero));
         const V sink = load(block.bias + lane);
         total = power(zero, load(block.product + lane), factor, sub(sink, load(block.bias_of_highest + lane)));
-        total = select(greater(sink, broadcast(kNothing<T>)), total, zero);
+        total = select(greater(broadcast(T(0.9) * kNothing<T>), sink), zero, total);
       }
       const V product = load(block.product + lane), bias = load(block.bias_of_highest + lane);
       for (int64_t m = 0; m < a_.segments; ++m) {
@@ -497,8 +503,9 @@ class Task {
   }
 
   T sink_of(const Block<Kind, T>& block, int64_t r) const {
-    const T sink = static_cast<T>(static_cast<double>(a_.sink[block.first_head + r % block.heads]) * kLog2E);
-    return sink > kNothing<T> ? sink : kNothing<T>;
+    const double sink = static_cast<double>(a_.sink[block.first_head + r % block.heads]) * kLog2E;
+    if (sink == -__builtin_huge_val()) return kNothing<T>;
+    return static_cast<T>(sink < -kMostBias ? -kMostBias : sink);
   }
 
   const Attention<T>& a_;

@@ -3,6 +3,8 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
+#include <cmath>
+#include <limits>
 #include <numeric>
 #include <string>
 
@@ -50,8 +52,8 @@ AttentionProblem<T>::AttentionProblem(const AttentionArguments& arguments) {
     check_offsets("query_offsets", kernel.query_offsets, sequences + 1, rows);
   }
   find_segments(arguments);
-  kernel.log_bias = per_segment(arguments.log_bias, kLog2E);
-  kernel.value_gate = per_segment(arguments.value_gate, 1.0);
+  kernel.log_bias = per_segment(arguments.log_bias, kLog2E, kMostBias);
+  kernel.value_gate = per_segment(arguments.value_gate, 1.0, std::numeric_limits<double>::infinity());
   kernel.sink = vector_of(arguments.sink);
   kernel.query_norm = vector_of(arguments.query_norm);
   kernel.key_norm = vector_of(arguments.key_norm);
@@ -93,12 +95,15 @@ void AttentionProblem<T>::find_segments(const AttentionArguments& arguments) {
 }
 
 template <typename T>
-PerSegment<T> AttentionProblem<T>::per_segment(const std::optional<Tensor>& tensor, double factor) {
+PerSegment<T> AttentionProblem<T>::per_segment(const std::optional<Tensor>& tensor, double factor, double most) {
   if (!tensor) return {nullptr, 0, 0, 0};
   const Tensor contiguous = torch::stable::contiguous(torch::stable::to(*tensor, ScalarType::Double));
   const auto* const values = static_cast<const double*>(contiguous.const_data_ptr());
   std::vector<T> scaled(static_cast<size_t>(contiguous.numel()));
-  for (size_t i = 0; i < scaled.size(); ++i) scaled[i] = static_cast<T>(values[i] * factor);
+  for (size_t i = 0; i < scaled.size(); ++i) {
+    const double x = values[i] * factor;
+    scaled[i] = static_cast<T>(std::isfinite(x) ? std::clamp(x, -most, most) : x);
+  }
   scaled_.push_back(std::move(scaled));
   const int64_t heads = tensor->size(1), segments = tensor->size(2);
   return {scaled_.back().data(), tensor->size(0) == 1 ? 0 : heads * segments, heads == 1 ? 0 : segments,
@@ -125,7 +130,7 @@ void AttentionProblem<T>::divide(int64_t threads, int64_t first, int64_t last, b
   for (int64_t b = first; b < last; ++b) total += cost_of(b);
   const int64_t most = total * kernel.kv_heads / (threads * 16) + 1;
   // Blocks of rows begin at multiples of this, whether the heads of a group share them or not.
-  const int64_t row_step = std::lcm(kBlockRows / std::min(kernel.group, kBlockRows), kBlockRows);
+  const int64_t row_step = std::lcm(kBlockRows / std::clamp<int64_t>(kernel.group, 1, kBlockRows), kBlockRows);
   units.clear();
   tasks.assign(1, 0);
   int64_t gathered = 0;

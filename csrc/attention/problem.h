@@ -53,7 +53,7 @@ class AttentionProblem {
  private:
   HeadRows rows_of(const Tensor& tensor);
   void find_segments(const AttentionArguments& arguments);
-  PerSegment<T> per_segment(const std::optional<Tensor>& tensor, double factor);
+  PerSegment<T> per_segment(const std::optional<Tensor>& tensor, double factor, double most);
   const T* vector_of(const std::optional<Tensor>& tensor);
 
   std::vector<Tensor> held_;  // what pointers point into

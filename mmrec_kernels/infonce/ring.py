@@ -3,8 +3,8 @@
 At step s rank r multiplies its rows with the keys of rank r − s, while those of the next step come from rank r − 1 and
 these go on to rank r + 1. A row's parts are put together over the steps: log-sum-exps, totals, and ranks counted
 against the positive that step 0 found. The backward goes round once more; behind each rank's keys travels the sum of
-their gradients, which every rank adds to, and comes home after the last step. At most three ranks' keys and two ranks'
-gradients are held at a time.
+their gradients, which every rank adds to, and comes home after the last step. At most three ranks' keys are held at a
+time, and three ranks' gradients: those at hand, those that go on and those that come.
 """
 
 from __future__ import annotations
@@ -33,7 +33,9 @@ def terms(
 
     `problem` is this rank's own; `query_ids` are given if `key_ids` are. `has_term` is None if all rows have one.
     """
-    return Terms(*_Ring.apply(*problem, has_term, counts, group, need_total, need_rank, workspace_bytes))
+    differentiable = (problem.query, problem.key, problem.scale, problem.log_q)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable)
+    return Terms(*_Ring.apply(*problem, has_term, counts, group, need_total, need_rank, save, workspace_bytes))
 
 
 class _Neighbours:
@@ -104,11 +106,11 @@ def _at_step(own: Problem, has_term: Tensor | None, step: int, keys: Sequence[Te
 class _Ring(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, ...]:
-        *fields, has_term, counts, group, need_total, need_rank, workspace_bytes = args
+        *fields, has_term, counts, group, need_total, need_rank, save, workspace_bytes = args
         own, ring = Problem(*fields), _Neighbours(group)
         rows, dtype = own.query.shape[0], own.query.dtype
         kept_bytes = sum(schemas.infonce_saved_bytes(rows, count, dtype, _ANY_SIZE) for count in counts)
-        save = not own.query.is_cuda and kept_bytes <= workspace_bytes and any(ctx.needs_input_grad)
+        save = save and not own.query.is_cuda and kept_bytes <= workspace_bytes
         keys: list[Tensor | None] = [_whole(getattr(own, name)) for name in _PER_KEY]
         parts, reference = [], None
         for step in range(ring.size):
@@ -166,9 +168,11 @@ class _Ring(torch.autograd.Function):
             coming_sums = ring.pass_on(
                 _add(sums, (dkey, dlog_q), (needs[1], needs[3])), ctx.counts[ring.owner(step + 1)], _SUM_TAG
             )
+            sums = [None, None]
+            del dkey, dlog_q
             keys = coming.wait() if coming is not None else keys
         of_keys = sums if coming_sums is None else coming_sums.wait()
-        results: list[Tensor | None] = [None] * (len(Problem._fields) + 6)
+        results: list[Tensor | None] = [None] * (len(Problem._fields) + 7)
         found = (of_rows[0], of_keys[0], of_rows[1], of_keys[1])
         for place, like, gradient in zip((0, 1, 2, 10), (own.query, own.key, own.scale, own.log_q), found, strict=True):
             results[place] = None if gradient is None or like is None else gradient.to(like.dtype)
@@ -184,5 +188,5 @@ def _add(sums: Sequence[Tensor | None], shares: Sequence[Tensor], needed: Sequen
     added: list[Tensor | None] = []
     for so_far, share, need in zip(sums, shares, needed, strict=True):
         wide = share.to(torch.promote_types(share.dtype, torch.float32))
-        added.append(None if not need else wide if so_far is None else so_far + wide)
+        added.append(None if not need else wide if so_far is None else so_far.add_(wide))
     return added

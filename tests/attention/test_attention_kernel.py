@@ -198,6 +198,73 @@ def test_what_a_causal_query_does_not_see_changes_none_of_its_bits(heads: int, b
     assert torch.equal(torch.isnan(seen[..., 3]), torch.full_like(seen[..., 3], bad != bad, dtype=torch.bool))
 
 
+@pytest.mark.parametrize("queries", [2, 12])
+def test_nan_reaches_the_log_sum_exp_and_every_value_of_its_row(queries: int) -> None:
+    query, key = torch.randn(queries, 1, 16), torch.randn(5, 1, 16)
+    key[3] = torch.nan
+    offsets = (torch.tensor([0, 5]), torch.tensor([0, queries]))
+    value = torch.randn(5, 1, 16, requires_grad=True)
+    found = cross_modal_attention(query, [Segment(key, value, offsets[0])], offsets[1], return_lse=True)
+    assert found.out.isnan().all() and found.lse is not None and found.lse.isnan().all()
+    assert torch.autograd.grad(found.out.sum(), value)[0].isnan().all()
+
+
+@pytest.mark.parametrize("queries", [3, 12])
+@pytest.mark.parametrize("what", ["out", "lse", "mass"])
+def test_a_nan_from_above_reaches_no_key_that_its_row_does_not_see(what: str, queries: int) -> None:
+    """Causal; row 0 sees key 0 only, row 8 of 12 an odd number of keys."""
+    case = Case([[queries]], [queries], heads=1, kv_heads=1, width=16, value_width=16, causal=(0,))
+    for row in (0, queries // 3 * 2):
+        leaves = case.to(torch.float32)
+        results = case.call(cross_modal_attention, leaves, **FLAGS)
+        grads = [torch.randn_like(x) for x in results]
+        clean = torch.autograd.grad(list(results), list(leaves.values()), grads, retain_graph=True)
+        grads[("out", "lse", "mass").index(what)][row] = torch.nan
+        found = torch.autograd.grad(list(results), list(leaves.values()), grads)
+        for leaf, mine, other in zip(leaves, found, clean, strict=True):
+            hidden = slice(row + 1, None)
+            if leaf != "query":
+                assert mine[hidden].isfinite().all(), (leaf, row)
+                torch.testing.assert_close(mine[hidden], other[hidden], rtol=1e-5, atol=1e-6)
+            else:
+                rest = [r for r in range(queries) if r != row]
+                torch.testing.assert_close(mine[rest], other[rest], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("queries", [2, 9])
+def test_a_nan_query_without_keys_gives_the_sink_alone(queries: int) -> None:
+    query = torch.full((queries, 2, 8), torch.nan, requires_grad=True)
+    sink = torch.randn(2, requires_grad=True)
+    key, empty = torch.randn(0, 2, 8), torch.tensor([0, 0])
+    found = cross_modal_attention(
+        query, [Segment(key, key, empty)], torch.tensor([0, queries]), sink=sink, query_norm=torch.ones(8), **FLAGS
+    )
+    assert not found.out.any() and not found.mass.any() and torch.equal(found.lse, sink.detach().expand(queries, 2))
+    dquery, dsink = torch.autograd.grad([found.out, found.lse], [query, sink], [found.out + 1, found.lse * 0 + 1])
+    assert not dquery.any() and torch.equal(dsink, torch.full((2,), float(queries)))
+
+
+@pytest.mark.parametrize("queries", [3, 12])
+def test_any_gate_of_a_segment_leaves_rows_that_do_not_see_it(queries: int) -> None:
+    case = Case([[2], [4]], [queries], heads=1, kv_heads=1, width=16, value_width=16, causal=(0,))
+    case.leaves["value_gate"] = torch.tensor([[[torch.inf, 1.0]]], dtype=torch.float64)
+    out = outputs(case, torch.float32).out
+    assert out[: queries - 2].isfinite().all() and not out[queries - 2 :].isfinite().any()
+
+
+@pytest.mark.parametrize("bias", [-1e30, torch.finfo(torch.float32).min, 1e35])
+def test_extreme_biases_are_no_removal(bias: float) -> None:
+    query, value = torch.randn(2, 1, 4), torch.randn(3, 1, 4)
+    segment = Segment(torch.zeros(3, 1, 4), value, torch.tensor([0, 3]))
+    out = cross_modal_attention(query, [segment], torch.tensor([0, 2]), log_bias=torch.full((1, 1, 1), bias))
+    torch.testing.assert_close(out, value.mean(0, keepdim=True).expand(2, 1, 4))
+
+
+def test_no_heads() -> None:
+    segment = Segment(torch.randn(4, 1, 8), torch.randn(4, 1, 8), torch.tensor([0, 4]))
+    assert cross_modal_attention(torch.empty(3, 0, 8), [segment], torch.tensor([0, 3])).shape == (3, 0, 8)
+
+
 def test_twenty_runs_give_the_same_bits() -> None:
     case = CASES["groups"]()
     first = outputs(case, torch.float32)
