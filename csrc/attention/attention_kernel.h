@@ -20,8 +20,9 @@ constexpr int64_t kBlockRows = 32, kBlockKeys = 48;
 // Rows of up to this many are multiplied with the width in lanes, more with the rows in lanes.
 constexpr int64_t kFewRows = 6;
 
-// Biases and sinks are taken for this, in units of log2, where they are larger: references stay below it.
-constexpr double kMostBias = 5e29;
+// Finite biases and sinks beyond this, in units of log2, are taken for it: a log-sum-exp of that size still has digits enough in
+// double precision for the backward to find the weights again.
+constexpr double kMostBias = 1099511627776.0;  // 2^40
 
 // Rows [row][head][width] of an element type that goes with it.
 struct HeadRows {

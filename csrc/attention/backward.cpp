@@ -27,18 +27,6 @@ constexpr int64_t kChunkBytes = int64_t{32} << 20;
 // The bits of `needs`, in the order of ATTENTION_NEEDS.
 enum Need : int { kQuery, kLogBias, kValueGate, kSink, kQueryNorm, kKeyNorm };
 
-template <typename T>
-const AttentionBackward<T>& kernels() {
-  static const AttentionBackward<T> found = [] {
-    using Find = void (*)(AttentionBackward<T>&);
-    static constexpr Find kTable[] = MMREC_ISA_TABLE(attention_kernels);
-    AttentionBackward<T> made;
-    kTable[static_cast<int>(cpu_isa())](made);
-    return made;
-  }();
-  return found;
-}
-
 // The gradients of one side (keys or values) of the segments, and of what they need beside it.
 template <typename T>
 struct Side {
@@ -85,7 +73,7 @@ class Pass {
 
   Results run() {
     const int64_t threads = static_cast<int64_t>(torch::stable::get_num_threads());
-    const int64_t bytes = kernels<T>().scratch_bytes(problem_.kernel, most_queries_);
+    const int64_t bytes = kernels_here<AttentionBackward<T>>().scratch_bytes(problem_.kernel, most_queries_);
     for (int64_t first = 0; first < problem_.sequences;) {
       const int64_t last = end_of_chunk(first);
       start_chunk(first, last);
@@ -94,7 +82,7 @@ class Pass {
           static_cast<int64_t>(problem_.tasks.size()) - 1, [&] { return Buffer<char>(bytes); },
           [&](int64_t task, const Buffer<char>& scratch) {
             for (int64_t u = problem_.tasks[task]; u < problem_.tasks[task + 1]; ++u) {
-              kernels<T>().differentiate(problem_.kernel, to_, problem_.units[u], most_queries_, scratch.get());
+              kernels_here<AttentionBackward<T>>().differentiate(problem_.kernel, to_, problem_.units[u], most_queries_, scratch.get());
             }
           });
       if (latent()) add_latent(first, last);

@@ -77,7 +77,6 @@ struct Shared {
   float *value_words, *key_words;  // [kMoreKeys][kPairWords]: weights and dS of two rows a word
   float* query_words;              // [kMoreKeys / 2][kBlockRows]: dS of two keys a word
   T *key_sums, *value_sums;        // [kMoreKeys][width]
-  T* row;                          // of a key or a query
   double* norm_sums;               // [width]
   Staged<Kind>* rounded;
   Staged<Kind>* zeros;             // a row of keys
@@ -92,7 +91,6 @@ struct Shared {
     query_words = arena.take<float>(kMoreKeys / 2 * kBlockRows);
     key_sums = arena.take<T>(kMoreKeys * w.width);
     value_sums = arena.take<T>(kMoreKeys * w.value_width);
-    row = arena.take<T>(w.width > w.value_width ? w.width : w.value_width);
     norm_sums = arena.take<double>(w.width);
     rounded = arena.take<Staged<Kind>>(kBlockRows * (w.width > w.value_width ? w.width : w.value_width));
     zeros = arena.take<Staged<Kind>>(w.width);
@@ -117,11 +115,8 @@ class Task {
         keys_(widths_, arena),
         unit_(unit),
         blocks_(arena.take<Block<Kind, T>>(most_blocks(a, most_queries))),
-        arena_(arena) {
-    const bool latent = a.query_offsets == nullptr;
-    first_query_ = latent ? 0 : a.query_offsets[unit.sequence];
-    queries_ = latent ? a.latent_rows : a.query_offsets[unit.sequence + 1] - first_query_;
-    first_result_ = latent ? unit.sequence * a.latent_rows : first_query_;
+        arena_(arena),
+        queries_(a, unit.sequence) {
     heads_ = a.kv_heads * a.group;
     for (int64_t m = 0; m < a.segments; ++m) {
       keys_needed_ |= to.segment[m].key != nullptr;
@@ -152,30 +147,29 @@ class Task {
     const int64_t first_head = kv_head_ * a_.group, together = heads_of_block(a_, unit_.sequence, first_head);
     const int64_t step = kBlockRows / together;
     for (int64_t head = first_head; head < first_head + a_.group; head += together) {
-      for (int64_t query = 0; query < queries_; query += step) {
+      for (int64_t query = 0; query < queries_.count; query += step) {
         Block<Kind, T>& block = blocks_[count_++];
         take(block, a_, widths_, arena);
         block.first = query;
         block.first_head = head;
         block.heads = together;
-        start(block, at_most(query + step, queries_));
+        start(block, at_most(query + step, queries_.count));
       }
     }
   }
 
   // The row of the results, [row][head].
   int64_t result_of(const Block<Kind, T>& block, int64_t r) const {
-    return (first_result_ + block.first + r / block.heads) * heads_ + block.first_head + r % block.heads;
+    return (queries_.first_result + block.first + r / block.heads) * heads_ + block.first_head + r % block.heads;
   }
 
   const Raw* query_of(const Block<Kind, T>& block, int64_t r) const {
-    return static_cast<const Raw*>(a_.query.values) + (first_query_ + block.first + r / block.heads) * a_.query.row_stride +
+    return static_cast<const Raw*>(a_.query.values) + (queries_.first + block.first + r / block.heads) * a_.query.row_stride +
            (block.first_head + r % block.heads) * a_.query.head_stride;
   }
 
-  double rstd_of(const Raw* query) const {
-    if (a_.query_norm == nullptr) return 1.0;
-    return 1.0 / __builtin_sqrt(dot_in_double(query, query, a_.width) / static_cast<double>(a_.width) + a_.norm_eps);
+  double rstd_of_query(const Raw* query) const {
+    return a_.query_norm == nullptr ? 1.0 : rstd_of(query, a_.width, a_.norm_eps);
   }
 
   void start(Block<Kind, T>& block, int64_t last) {
@@ -197,7 +191,7 @@ class Task {
         continue;
       }
       const Raw* const query = query_of(block, r);
-      const double rstd = rstd_of(query);
+      const double rstd = rstd_of_query(query);
       T *const q = block.queries + r * w.width, *const k = block.for_keys + r * w.width;
       stage(query, a_.width, w.width, q);
       if (a_.query_norm != nullptr) {
@@ -228,7 +222,6 @@ class Task {
   void start_grads(Block<Kind, T>& block, int64_t r) {
     T* const grads = block.grads + r * widths_.value_width;
     const int64_t at = result_of(block, r);
-    block.slope[r] = T(0);
     std::memset(grads, 0, sizeof(T) * static_cast<size_t>(widths_.value_width));
     double slope = to_.grad_lse != nullptr ? to_.grad_lse[at] : 0.0;
     if (to_.grad_out != nullptr) {
@@ -282,7 +275,7 @@ class Task {
       if (factor == 0) {
         block.shift[r] = static_cast<T>(shift);
       } else {
-        const double exact = a_.scale * kLog2E * rstd_of(query_of(block, r));
+        const double exact = a_.scale * kLog2E * rstd_of_query(query_of(block, r));
         block.near[r] = static_cast<T>(-shift / exact);
         block.rest[r] = static_cast<T>(-shift / exact - static_cast<double>(block.near[r]));
         block.shift[r] = T(0);
@@ -305,7 +298,7 @@ class Task {
     const auto* const key = static_cast<const Raw*>(segment.key.values) + kv_head_ * segment.key.head_stride;
     const auto* const value = static_cast<const Raw*>(segment.value.values) + kv_head_ * segment.value.head_stride;
     const int64_t key_stride = segment.key.row_stride, value_stride = segment.value.row_stride;
-    const int64_t ahead = end - begin - queries_;
+    const int64_t ahead = end - begin - queries_.count;
     for (int64_t next = 0; keys_.gather(segment, begin, end - begin, next);) {
       if (a_.key_norm != nullptr) keys_.find_rstd(key, key_stride, a_.width, a_.norm_eps);
       std::memset(shared_.key_sums, 0, sizeof(T) * static_cast<size_t>(keys_.count * widths_.width));
@@ -439,10 +432,6 @@ class Task {
     store(block.gate_sums + m * kBlockRows + lane, gate_sum);
   }
 
-  static MMREC_INLINE uint32_t lanes_before(int64_t count) {
-    return count >= kLanes ? (uint64_t{1} << kLanes) - 1 : (uint32_t{1} << count) - 1;
-  }
-
   // The width in lanes: rows [first, first + rows), which all see `count` keys.
   void few(Block<Kind, T>& block, int64_t m, int64_t first, int64_t rows, int64_t count) {
     few_scores(keys_.few_key_rows, count, block.queries + first * widths_.width, rows, widths_.width, shared_.scores);
@@ -456,7 +445,7 @@ class Task {
       V bias_sum = zero, gate_sum = zero;
       for (int64_t j = 0; j < count; j += kLanes) {
         T *const weights = shared_.scores + r * kBlockKeys + j, *const slopes = shared_.slopes + r * kBlockKeys + j;
-        const uint32_t here = lanes_before(count - j);
+        const uint32_t here = lanes_before<kLanes>(count - j);
         V s = load(weights);
         if (a_.key_norm != nullptr) s = mul(s, load(keys_.rstd + j));
         const V p = select(here, weight_of(s, near, rest, factor, shift), zero), dp = select(here, load(slopes), zero);
@@ -573,9 +562,9 @@ class Task {
       const Raw* const raw = query_of(block, r);
       bool any = false;  // a query that meets no key may hold NaN
       for (int64_t d = 0; d < a_.width; ++d) any |= sum[d] != T(0);
-      if (a_.query_norm != nullptr && any) through_norm(raw, rstd_of(raw), a_.query_norm, sum, norm_sums);
+      if (a_.query_norm != nullptr && any) through_norm(raw, rstd_of_query(raw), a_.query_norm, sum, norm_sums);
       if (to_.query != nullptr) {
-        const int64_t row = (first_query_ + query) * heads_ + head;
+        const int64_t row = (queries_.first + query) * heads_ + head;
         write_row(sum, a_.width, static_cast<Raw*>(to_.query) + row * a_.width);
       }
     }
@@ -589,7 +578,8 @@ class Task {
   const AttentionUnit& unit_;
   Block<Kind, T>* blocks_;
   Arena arena_;  // for the blocks' own memory
-  int64_t first_query_, queries_, first_result_, heads_, kv_head_ = 0, count_ = 0;
+  const Queries queries_;
+  int64_t heads_, kv_head_ = 0, count_ = 0;
   bool keys_needed_ = false, values_needed_ = false, queries_needed_ = false, any_causal_ = false;
 };
 

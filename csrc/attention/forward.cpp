@@ -17,18 +17,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using Results = std::tuple<Tensor, Tensor, Tensor>;
 
-template <typename T>
-const AttentionForward<T>& kernels() {
-  static const AttentionForward<T> found = [] {
-    using Find = void (*)(AttentionForward<T>&);
-    static constexpr Find kTable[] = MMREC_ISA_TABLE(attention_kernels);
-    AttentionForward<T> made;
-    kTable[static_cast<int>(cpu_isa())](made);
-    return made;
-  }();
-  return found;
-}
-
 // What rows that belong to no sequence get.
 template <typename T>
 void fill(const AttentionResults<T>& to, int64_t begin, int64_t end, int64_t heads, int64_t out_bytes, int64_t segments) {
@@ -54,12 +42,12 @@ Results forward_as(const AttentionArguments& arguments, bool return_mass) {
   fill(to, 0, problem.query_begin(), heads, out_bytes, segments);
   fill(to, problem.query_end(), problem.rows, heads, out_bytes, segments);
   problem.divide(static_cast<int64_t>(torch::stable::get_num_threads()), 0, problem.sequences, false);
-  const int64_t bytes = kernels<T>().scratch_bytes(problem.kernel);
+  const int64_t bytes = kernels_here<AttentionForward<T>>().scratch_bytes(problem.kernel);
   for_each_task(
       static_cast<int64_t>(problem.tasks.size()) - 1, [&] { return Buffer<char>(bytes); },
       [&](int64_t task, const Buffer<char>& scratch) {
         for (int64_t u = problem.tasks[task]; u < problem.tasks[task + 1]; ++u) {
-          kernels<T>().attend(problem.kernel, to, problem.units[u], scratch.get());
+          kernels_here<AttentionForward<T>>().attend(problem.kernel, to, problem.units[u], scratch.get());
         }
       });
   return {out, lse, mass};

@@ -22,14 +22,13 @@ struct Block {
   int64_t kv_head, first_head, heads, rows, lanes;
   T* queries;    // [rows][padded width]
   Word* packed;  // [depth][lanes], where there are more than kFewRows
-  T* out;        // [kMoreRows][padded value width]: sums relative to `highest`
+  T* out;        // [kMoreRows][padded value width]: sums relative to the highest x so far
   T* factor;     // [kBlockRows], as all of these
   T* rest;       // what factor's rounding left
-  T* highest;    // the highest x so far, which weights are relative to; and the product and the bias that it is made of
-  T* product;
+  T* product;    // the highest x so far, as the product and the bias that it is made of
   T* bias_of_highest;
   T* sum;        // of the segment at hand
-  T* scaled;     // 2^(old highest − new)
+  T* scaled;     // 2^(highest x before − now)
   T* bias;
   T* gate;
   T* sums;       // [segments][kBlockRows]
@@ -44,9 +43,8 @@ void take(Block<Kind, T>& block, const Attention<T>& a, const Widths<Kind>& widt
   block.queries = arena.take<T>(kBlockRows * widths.width);
   block.packed = arena.take<typename Kind::Dot::Word>(widths.depth * kBlockRows + 64);
   block.out = arena.take<T>(kMoreRows * widths.value_width);
-  T** const vectors[] = {&block.factor,          &block.rest, &block.highest, &block.product,
-                         &block.bias_of_highest, &block.sum,  &block.scaled,  &block.bias,
-                         &block.gate};
+  T** const vectors[] = {&block.factor, &block.rest,   &block.product, &block.bias_of_highest,
+                         &block.sum,    &block.scaled, &block.bias,    &block.gate};
   for (T** vector : vectors) *vector = arena.take<T>(kBlockRows);
   block.sums = arena.take<T>(a.segments * kBlockRows);
   block.products = arena.take<T>(a.segments * kBlockRows);
@@ -102,12 +100,8 @@ class Task {
         unit_(unit),
         most_blocks_(blocks_at_a_time<Kind>(a, widths_)),
         blocks_(arena.take<Block<Kind, T>>(most_blocks_)),
-        arena_(arena) {
-    const bool latent = a.query_offsets == nullptr;
-    first_query_ = latent ? 0 : a.query_offsets[unit.sequence];
-    queries_ = latent ? a.latent_rows : a.query_offsets[unit.sequence + 1] - first_query_;
-    first_result_ = latent ? unit.sequence * a.latent_rows : first_query_;
-  }
+        arena_(arena),
+        queries_(a, unit.sequence) {}
 
   void run() {
     int64_t head = unit_.first_head * a_.group;
@@ -144,7 +138,7 @@ class Task {
       const int64_t begin = segment.offsets[unit_.sequence], end = segment.offsets[unit_.sequence + 1];
       for (int64_t n = 0; n < count; ++n) start_segment(blocks[n], m);
       // Query i sees the keys up to i + keys − queries.
-      const int64_t ahead = end - begin - queries_;
+      const int64_t ahead = end - begin - queries_.count;
       const int64_t seen = segment.causal ? at_most(last + ahead, end - begin) : end - begin;
       for (int64_t next = 0; keys_.gather(segment, begin, seen, next);) {
         for (int64_t n = 0; n < count; ++n) {
@@ -175,18 +169,17 @@ class Task {
     const double scale = a_.scale < 0 ? -a_.scale : a_.scale;
     for (int64_t r = 0; r < kBlockRows; ++r) {
       set_factor(block, r, scale * kLog2E);
-      block.highest[r] = block.bias_of_highest[r] = kNothing<T>;
+      block.bias_of_highest[r] = kNothing<T>;
       block.product[r] = block.bias[r] = T(0);
       block.gate[r] = T(1);
     }
     for (int64_t r = 0; r < block.rows; ++r) {
-      const Raw* const query = queries + (first_query_ + first + r / block.heads) * a_.query.row_stride +
+      const Raw* const query = queries + (queries_.first + first + r / block.heads) * a_.query.row_stride +
                                (block.first_head + r % block.heads) * a_.query.head_stride;
       T* const to = block.queries + r * widths_.width;
       stage(query, a_.width, widths_.width, to);
       if (a_.query_norm != nullptr) {
-        const double mean = dot_in_double(query, query, a_.width) / static_cast<double>(a_.width);
-        set_factor(block, r, scale * kLog2E / __builtin_sqrt(mean + a_.norm_eps));
+        set_factor(block, r, scale * kLog2E * rstd_of(query, a_.width, a_.norm_eps));
         for (int64_t d = 0; d < a_.width; ++d) to[d] *= a_.query_norm[d];
       }
       if (a_.key_norm != nullptr) {
@@ -219,17 +212,15 @@ class Task {
     return select(greater(broadcast(T(Exp2<T>::kLowest)), x), broadcast(T(0)), exp2<T>(x));
   }
 
-  // Takes in the highest product of some keys; returns what the sums so far have to be multiplied with.
+  // Takes in the highest product of some keys; returns what the sums so far have to be multiplied with. Which x is higher is
+  // told by differences of products and of biases: beside a large bias, x itself could not tell products apart.
   static MMREC_INLINE V raise(Block<Kind, T>& block, int64_t lane, V product) {
-    const V factor = load(block.factor + lane), bias = load(block.bias + lane), old = load(block.highest + lane);
-    const V x = fma(product, factor, bias), old_product = load(block.product + lane);
-    const V old_bias = load(block.bias_of_highest + lane);
-    const uint32_t higher = greater(x, old);
-    const V new_product = select(higher, product, old_product), new_bias = select(higher, bias, old_bias);
+    const V factor = load(block.factor + lane), bias = load(block.bias + lane);
+    const V old_product = load(block.product + lane), old_bias = load(block.bias_of_highest + lane);
+    const uint32_t higher = greater(fma(sub(product, old_product), factor, sub(bias, old_bias)), broadcast(T(0)));
     const V by = select(higher, power(old_product, product, factor, sub(old_bias, bias)), broadcast(T(1)));
-    store(block.highest + lane, select(higher, x, old));
-    store(block.product + lane, new_product);
-    store(block.bias_of_highest + lane, new_bias);
+    store(block.product + lane, select(higher, product, old_product));
+    store(block.bias_of_highest + lane, select(higher, bias, old_bias));
     store(block.scaled + lane, by);
     store(block.sum + lane, mul(load(block.sum + lane), by));
     return by;
@@ -375,15 +366,13 @@ class Task {
 
   // `raise` of one row.
   static void raise_row(Block<Kind, T>& block, int64_t r, T product) {
-    const T x = product * block.factor[r] + block.bias[r];
     block.scaled[r] = T(1);
-    if (!(x > block.highest[r])) return;
+    if (!((product - block.product[r]) * block.factor[r] + (block.bias[r] - block.bias_of_highest[r]) > T(0))) return;
     T lanes[kLanes];
     store(lanes, power(broadcast(block.product[r]), broadcast(product), broadcast(block.factor[r]),
                        broadcast(block.bias_of_highest[r] - block.bias[r])));
     block.scaled[r] = lanes[0];
     block.sum[r] *= lanes[0];
-    block.highest[r] = x;
     block.product[r] = product;
     block.bias_of_highest[r] = block.bias[r];
   }
@@ -405,14 +394,14 @@ class Task {
           s = mul(s, load(keys_.rstd + j));
           store(row + j, s);
         }
-        top = max(select(lanes_before(keys - j), s, none), top);
+        top = max(select(lanes_before<kLanes>(keys - j), s, none), top);
       }
       raise_row(block, at, reduce_max(top));
       const V factor = broadcast(block.factor[at]), product = broadcast(block.product[at]);
       const V bias = broadcast(block.bias[at] - block.bias_of_highest[at]);
       V sum = zero;
       for (int64_t j = 0; j < keys; j += kLanes) {
-        V w = select(lanes_before(keys - j), power(load(row + j), product, factor, bias), zero);
+        V w = select(lanes_before<kLanes>(keys - j), power(load(row + j), product, factor, bias), zero);
         sum = add(sum, w);
         if (block.has_gate) w = mul(w, broadcast(block.gate[at]));
         store(row + j, w);
@@ -423,10 +412,6 @@ class Task {
     block.fresh = false;
     weigh_values<kBlockKeys, 1>(scores, rows, keys_.few_value_rows, keys, widths_.value_width,
                                 block.out + first * widths_.value_width, keys_.next_keys(a_));
-  }
-
-  static MMREC_INLINE uint32_t lanes_before(int64_t count) {
-    return count >= kLanes ? (uint64_t{1} << kLanes) - 1 : (uint32_t{1} << count) - 1;
   }
 
   // log2 of numbers in [2^-1000, 2^1000], to double precision: 2 atanh((f − 1) / (f + 1)) for the fraction f.
@@ -450,7 +435,7 @@ class Task {
     const V zero = broadcast(T(0));
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       // A query that met no key may hold anything.
-      const uint32_t met = greater(load(block.highest + lane), broadcast(kNothing<T>));
+      const uint32_t met = greater(load(block.bias_of_highest + lane), broadcast(kNothing<T>));
       const V factor = select(met, load(block.factor + lane), zero);
       store(block.factor + lane, factor);
       V total = zero;
@@ -477,7 +462,7 @@ class Task {
     }
     for (int64_t r = 0; r < block.rows; ++r) {
       const int64_t head = block.first_head + r % block.heads;
-      const int64_t at = (first_result_ + first + r / block.heads) * heads + head;
+      const int64_t at = (queries_.first_result + first + r / block.heads) * heads + head;
       const bool nothing = totals[r] == T(0);
       const T inverse = nothing ? T(0) : T(1) / totals[r];
       T* const out = block.out + r * widths_.value_width;
@@ -517,7 +502,7 @@ class Task {
   int64_t most_blocks_;
   Block<Kind, T>* blocks_;
   Arena arena_;  // for the blocks' own memory
-  int64_t first_query_, queries_, first_result_;
+  const Queries queries_;
 };
 
 template <typename T>

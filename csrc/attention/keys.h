@@ -75,6 +75,28 @@ void stage(const From* from, int64_t width, int64_t padded, To* to) {
   for (int64_t d = width; d < padded; ++d) to[d] = To{};
 }
 
+template <typename Raw>
+double rstd_of(const Raw* row, int64_t width, double eps) {
+  return 1.0 / __builtin_sqrt(dot_in_double(row, row, width) / static_cast<double>(width) + eps);
+}
+
+// The first `count` lanes.
+template <int kLanes>
+MMREC_INLINE uint32_t lanes_before(int64_t count) {
+  return count >= kLanes ? (uint64_t{1} << kLanes) - 1 : (uint32_t{1} << count) - 1;
+}
+
+// The queries of a sequence, and where their results begin.
+struct Queries {
+  int64_t first, count, first_result;
+
+  template <typename T>
+  Queries(const Attention<T>& a, int64_t sequence)
+      : first(a.query_offsets == nullptr ? 0 : a.query_offsets[sequence]),
+        count(a.query_offsets == nullptr ? a.latent_rows : a.query_offsets[sequence + 1] - first),
+        first_result(a.query_offsets == nullptr ? sequence * a.latent_rows : first) {}
+};
+
 // A bias of −inf removes a segment from a head of a sequence.
 template <typename T>
 bool is_removed(const Attention<T>& a, int64_t sequence, int64_t head, int64_t m) {
@@ -156,15 +178,13 @@ struct Keys {
   Fetch values(const Attention<T>& a) const {
     return {reinterpret_cast<const char* const*>(value_rows), count, a.value_width * static_cast<int64_t>(sizeof(Raw))};
   }
-
   Fetch few_values(const Attention<T>& a) const {
     return {reinterpret_cast<const char* const*>(few_value_rows), count, a.value_width * static_cast<int64_t>(sizeof(Raw))};
   }
 
   void find_rstd(const Raw* key, int64_t stride, int64_t width, double eps) {
     for (int64_t j = 0; j < count; ++j) {
-      const Raw* const k = key + row[j] * stride;
-      rstd[j] = static_cast<T>(1.0 / __builtin_sqrt(dot_in_double(k, k, width) / static_cast<double>(width) + eps));
+      rstd[j] = static_cast<T>(rstd_of(key + row[j] * stride, width, eps));
     }
     for (int64_t j = count; j < kMoreKeys; ++j) rstd[j] = T(1);
   }

@@ -23,6 +23,19 @@ struct AttentionArguments {
   int64_t indexed, causal;
 };
 
+// The kernels of this machine's ISA: K is AttentionForward<T> or AttentionBackward<T>.
+template <typename K>
+const K& kernels_here() {
+  static const K found = [] {
+    using Find = void (*)(K&);
+    static constexpr Find kTable[] = MMREC_ISA_TABLE(attention_kernels);
+    K made;
+    kTable[static_cast<int>(cpu_isa())](made);
+    return made;
+  }();
+  return found;
+}
+
 template <typename T>
 class AttentionProblem {
  public:

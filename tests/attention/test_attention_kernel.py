@@ -260,6 +260,24 @@ def test_extreme_biases_are_no_removal(bias: float) -> None:
     torch.testing.assert_close(out, value.mean(0, keepdim=True).expand(2, 1, 4))
 
 
+@pytest.mark.parametrize("bias", [-1e9, -1e30, torch.finfo(torch.float32).min])
+@pytest.mark.parametrize("queries", [2, 12])
+def test_a_bias_that_masks_all_there_is_leaves_the_softmax_below_it(queries: int, bias: float) -> None:
+    """Masked by a large negative number, with nothing else present: scores that spread over 200, two blocks."""
+    query, key = torch.randn(queries, 1, 16) * 8, torch.randn(90, 1, 16) * 8
+    leaves = [x.requires_grad_() for x in (query, key, torch.randn(90, 1, 16))]
+    upstream = torch.randn(queries, 1, 16)
+
+    def differentiated(bias: float | None) -> list[torch.Tensor]:
+        segment = Segment(leaves[1], leaves[2], torch.tensor([0, 90]))
+        more = {} if bias is None else {"log_bias": torch.full((1, 1, 1), bias)}
+        out = cross_modal_attention(leaves[0], [segment], torch.tensor([0, queries]), **more)
+        return [out, *torch.autograd.grad(out, leaves, upstream)]
+
+    for biased, plain in zip(differentiated(bias), differentiated(None), strict=True):
+        torch.testing.assert_close(biased, plain, rtol=2e-3, atol=2e-3 * float(plain.abs().max()))
+
+
 def test_no_heads() -> None:
     segment = Segment(torch.randn(4, 1, 8), torch.randn(4, 1, 8), torch.tensor([0, 4]))
     assert cross_modal_attention(torch.empty(3, 0, 8), [segment], torch.tensor([0, 3])).shape == (3, 0, 8)
