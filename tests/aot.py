@@ -24,21 +24,28 @@ class Resources:
 
 def compile_for(
     kernel: Any,
-    signature: dict[str, str],
+    signature: dict[str, Any],
     constexprs: dict[str, Any],
     capability: int,
     *,
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Resources:
-    """Compile `kernel` for sm_<capability>. `signature` maps every argument to its type; pointers and strides are taken
-    as divisible by 16, as they are at run time for the shapes that matter."""
+    """Compile `kernel` for sm_<capability>. `signature` maps every argument to its type, or to a tuple of types;
+    pointers, strides and widths are taken as divisible by 16, as they are at run time for the shapes that matter, save
+    in tuples that the kernel does not specialize."""
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     divisible = {
         (i,): [["tt.divisibility", 16]]
         for i, name in enumerate(kernel.arg_names)
-        if signature[name].startswith("*") or name.endswith("_stride") or name == "width"
+        if isinstance(signature[name], str)
+        and (signature[name].startswith("*") or name.endswith("_stride") or name.endswith("width"))
     }
+    free = {getattr(p, "name", p) for p in kernel.params if getattr(p, "do_not_specialize", False)}
+    for i, name in enumerate(kernel.arg_names):
+        if not isinstance(signature[name], str) and name not in free:
+            pointers = (j for j, kind in enumerate(signature[name]) if isinstance(kind, str) and kind.startswith("*"))
+            divisible |= {(i, j): [["tt.divisibility", 16]] for j in pointers}
     source = ASTSource(
         fn=kernel,
         signature=signature,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, overload
 
 import torch
@@ -265,5 +265,17 @@ def _autocast(query: Tensor, segments: list[Segment]) -> tuple[Tensor, list[Segm
     return cast(query), [x._replace(key=cast(x.key), value=cast(x.value)) for x in segments]
 
 
-library.announce("_attention_forward", reference=reference.forward)
-library.announce("_attention_backward", reference=reference.backward)
+def _triton_forward() -> Callable[..., tuple[Tensor, ...]]:
+    from . import triton
+
+    return triton.forward
+
+
+def _triton_backward() -> Callable[..., tuple[Tensor, ...]]:
+    from . import triton
+
+    return triton.backward
+
+
+library.announce("_attention_forward", reference=reference.forward, triton=_triton_forward)
+library.announce("_attention_backward", reference=reference.backward, triton=_triton_backward)

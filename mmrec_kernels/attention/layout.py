@@ -7,7 +7,6 @@ Axes: b sequence, h KV head, g query head of that KV head, q query, k key, d wid
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from functools import reduce
 from operator import or_
 from typing import NamedTuple
@@ -15,9 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import library
-from ..schemas import statistics_dtype
-from ..validation import check_offsets
+from .arguments import Arguments, check_located, checks_contents
 
 
 class Rows(NamedTuple):
@@ -32,17 +29,12 @@ class Rows(NamedTuple):
     valid: Tensor | None = None  # [B, longest]; None: all
 
 
-def _checks_contents(device: torch.device) -> bool:
-    return device.type == "cpu" or library.check_requested()
-
-
 def locate(name: str, offsets: Tensor, total: int, index: Tensor | None = None) -> Rows:
     """Pad the sequences of `offsets` by index. Contents are checked on CPU; elsewhere offsets are clamped and an index
     that is out of range acts as −1."""
-    checked = _checks_contents(offsets.device)
     entries = total if index is None else index.shape[0]
-    if checked:
-        check_offsets(f"{name}offsets", offsets, entries)
+    if checks_contents(offsets.device):
+        check_located(name, offsets, total, index)
     else:
         offsets = offsets.clamp(0, entries).cummax(0).values
     lengths = offsets.diff()
@@ -56,10 +48,6 @@ def locate(name: str, offsets: Tensor, total: int, index: Tensor | None = None) 
     valid = steps < lengths[:, None]
     rows = (offsets[:-1, None] + steps).clamp(max=max(entries - 1, 0))
     if index is not None:
-        used = index[start:stop]
-        if checked and bool(((used < -1) | (used >= total)).any()):
-            wrong = used[(used < -1) | (used >= total)]
-            raise ValueError(f"{name}index must be −1 or inside [0, {total}), got {int(wrong[0])}")
         rows = index[rows] if entries else rows
         valid &= (rows >= 0) & (rows < total)
         rows = rows.clamp(0, max(total - 1, 0))
@@ -190,34 +178,8 @@ class Segment(NamedTuple):
     scores: Tensor  # [B, h, g, q, k], also where hidden
 
 
-@dataclass(frozen=True)
-class Problem:
-    """The arguments that forward and backward share, in the order of the schema."""
-
-    query: Tensor
-    keys: list[Tensor]
-    values: list[Tensor]
-    offsets: Tensor
-    index: list[Tensor]
-    query_offsets: Tensor | None
-    log_bias: Tensor | None
-    value_gate: Tensor | None
-    sink: Tensor | None
-    query_norm: Tensor | None
-    key_norm: Tensor | None
-    scale: float
-    norm_eps: float
-    indexed: int
-    causal: int
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return statistics_dtype(self.query.dtype)
-
-    @property
-    def heads(self) -> tuple[int, int]:
-        kv_heads = self.keys[0].shape[1]
-        return kv_heads, self.query.shape[1] // kv_heads
+class Problem(Arguments):
+    """The arguments, padded."""
 
     def queries(self) -> tuple[Rows, Tensor]:
         """Where the rows of the result lie, and the queries `[B, q, h, g, d]`; `[1, q, h, g, d]` for latent ones."""

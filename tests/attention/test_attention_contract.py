@@ -180,8 +180,10 @@ def test_strides_change_no_bit(how):
     assert all(torch.equal(got[n], expected[n]) for n in got)
 
 
-def test_many_short_sequences():
+def test_many_short_sequences(provider):
     """More sequences than a CUDA grid dimension holds."""
+    if provider == "triton":
+        pytest.skip("the interpreter takes minutes; a GPU has the same test")
     batch = 70_000
     key, value, query = (normal(n, 1, 2, seed=n, dtype=torch.float32) for n in (batch * 2, batch * 2 + 1, 1))
     offsets = torch.arange(batch + 1) * 2

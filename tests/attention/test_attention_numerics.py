@@ -28,7 +28,7 @@ def errors(x, exact):
 @pytest.mark.parametrize("dtype", FLOORS)
 @pytest.mark.parametrize("name", PROBLEMS)
 @pytest.mark.parametrize("sharpness", [1.0, 6.0])
-def test_errors_are_within_twice_those_of_eager(name, dtype, sharpness):
+def test_errors_are_within_twice_those_of_eager(name, dtype, sharpness, provider):
     case = PROBLEMS[name]()
     case.leaves = {n: x.to(dtype) for n, x in case.leaves.items()}
     case.leaves["query"] = case.leaves["query"] * sharpness
@@ -49,7 +49,9 @@ def test_errors_are_within_twice_those_of_eager(name, dtype, sharpness):
     for n, exact in found["exact"].items():
         ours, eager = errors(found["ours"][n], exact), errors(found["eager"][n], exact)
         for norm, mine, theirs in zip(("max", "2-norm"), ours, eager, strict=True):
-            assert mine <= 2 * theirs + FLOORS[dtype], f"{n}, {norm}: ours {mine:.2e}, eager {theirs:.2e}"
+            # Stores of bfloat16 truncate in Triton's interpreter.
+            floor = FLOORS[dtype] + (torch.finfo(dtype).eps if provider == "triton" and dtype == torch.bfloat16 else 0)
+            assert mine <= 2 * theirs + floor, f"{n}, {norm}: ours {mine:.2e}, eager {theirs:.2e}"
 
 
 @pytest.mark.parametrize("seed", range(12))

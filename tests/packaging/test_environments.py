@@ -13,8 +13,8 @@ import torch
 from mmrec_kernels import library, schemas
 from paths import ROOT
 
-COMPILED = ("retrieval", "infonce")  # the ops that have C++ kernels
-INTERPRETED = ("retrieval", "infonce")  # the ops that have Triton kernels
+COMPILED = ("retrieval", "infonce", "attention")  # the ops that have C++ kernels
+INTERPRETED = ("retrieval", "infonce", "attention")  # the ops that have Triton kernels
 
 
 def run_pytest(folders: tuple[str, ...], **environment: str) -> None:
