@@ -137,13 +137,6 @@ def _store_by_segment(ptr, sums, result, in_m, segments):
 
 
 @triton.jit
-def _store_rows(ptr, x, rows, ok, offs, width):
-    """Rows of a contiguous matrix."""
-    at = rows[:, None] * width + offs[None, :]
-    tl.store(ptr + at, x.to(ptr.dtype.element_ty), ok[:, None] & (offs < width)[None, :])
-
-
-@triton.jit
 def _store_key_grads(
     grads, x, segment, entry, ok, hk, offs, width, NEEDED: tl.constexpr, ALIGN: tl.constexpr
 ):  # fmt: skip

@@ -140,7 +140,7 @@ class Launch(Arguments):
         sizes = block_sizes(kernel, *self.shape, *self.widths, self.query.dtype, self.equal)
         if interpreted():  # tiles small enough that small tests have several
             sizes = {**sizes, "BLOCK_M": 16, "BLOCK_N": 16}
-        return sizes
+        return {**sizes, "enable_fp_fusion": True}  # the default changes with Triton 3.10
 
     @cached_property
     def flags(self) -> dict[str, bool | int | str]:

@@ -124,6 +124,7 @@ def key_tile(segments, span, cols, hk, INDEXED: tl.constexpr, ALIGN: tl.constexp
     entries, starts, counts, shifts, total = span
     inside = cols < total
     ok = inside
+    wide_hk = hk.to(tl.int64)  # heads may lie further apart than rows
     for m in tl.static_range(len(segments)):
         position = cols - starts[m]
         entry_m = entries[m] + position
@@ -134,8 +135,8 @@ def key_tile(segments, span, cols, hk, INDEXED: tl.constexpr, ALIGN: tl.constexp
             row = tl.load(segments[m].index + entry_m, here & (position < counts[m]), -1)
             ok_m = (row >= 0) & (row < segments[m].rows)
         row = row.to(tl.int64)
-        k_m = segments[m].key + row * segments[m].key_row_stride + hk * segments[m].key_head_stride
-        v_m = segments[m].value + row * segments[m].value_row_stride + hk * segments[m].value_head_stride
+        k_m = segments[m].key + row * segments[m].key_row_stride + wide_hk * segments[m].key_head_stride
+        v_m = segments[m].value + row * segments[m].value_row_stride + wide_hk * segments[m].value_head_stride
         if m == 0:
             k_rows = k_m
             v_rows = v_m
@@ -179,7 +180,7 @@ def load_queries(
 ):  # fmt: skip
     """Query rows as they are multiplied with raw keys, both norms' weights in them, and the factor that their products
     take. FIT (float16): rows are brought near 1 by a power of two, which that factor undoes."""
-    start = queries.data + rows * queries.row_stride + heads * queries.head_stride
+    start = queries.data + rows * queries.row_stride + heads.to(tl.int64) * queries.head_stride
     q = load_rows(tl.multiple_of(start, ALIGN), ok, offs_d, width)
     factor = tl.full([rows.shape[0]], 1.0, WIDE)
     if HAS_QUERY_NORM or HAS_KEY_NORM:
