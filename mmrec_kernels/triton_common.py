@@ -25,7 +25,8 @@ def interpreted() -> bool:
 
 def precision(dtype: torch.dtype) -> str:
     """`input_precision` of float32 dots: plain tf32 only where torch's own matmul would use it."""
-    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
+    # `allow_tf32` raises once a user has set `fp32_precision`, which knows of both.
+    allowed = dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 
 

@@ -31,21 +31,23 @@ def compile_for(
     num_warps: int = 4,
     num_stages: int = 3,
 ) -> Resources:
-    """Compile `kernel` for sm_<capability>. `signature` maps every argument to its type, or to a tuple of types;
-    pointers, strides and widths are taken as divisible by 16, as they are at run time for the shapes that matter, save
-    in tuples that the kernel does not specialize."""
+    """Compile `kernel` for sm_<capability>. `signature` maps every argument to its type or a tuple of types; pointers,
+    strides and widths are taken as divisible by 16, as they are at run time for the shapes that matter. In tuples,
+    where types have no names, ":16" behind a type says so."""
     signature = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
-    divisible = {
-        (i,): [["tt.divisibility", 16]]
-        for i, name in enumerate(kernel.arg_names)
-        if isinstance(signature[name], str)
-        and (signature[name].startswith("*") or name.endswith("_stride") or name.endswith("width"))
-    }
-    free = {getattr(p, "name", p) for p in kernel.params if getattr(p, "do_not_specialize", False)}
-    for i, name in enumerate(kernel.arg_names):
-        if not isinstance(signature[name], str) and name not in free:
-            pointers = (j for j, kind in enumerate(signature[name]) if isinstance(kind, str) and kind.startswith("*"))
-            divisible |= {(i, j): [["tt.divisibility", 16]] for j in pointers}
+    divisible = {}
+
+    def read(at: tuple[int, ...], kind: Any) -> Any:
+        if not isinstance(kind, str):
+            found = [read((*at, j), inner) for j, inner in enumerate(kind)]
+            return type(kind)(*found) if hasattr(kind, "_fields") else tuple(found)
+        name = kernel.arg_names[at[0]]
+        named = len(at) == 1 and (kind.startswith("*") or name.endswith("_stride") or name.endswith("width"))
+        if named or kind.endswith(":16"):
+            divisible[at] = [["tt.divisibility", 16]]
+        return kind.removesuffix(":16")
+
+    signature = {name: read((i,), signature[name]) for i, name in enumerate(kernel.arg_names)}
     source = ASTSource(
         fn=kernel,
         signature=signature,
@@ -68,3 +70,34 @@ def _resource_usage(cubin: bytes) -> dict[str, int]:
     ).stdout
     line = next(line for line in text.splitlines() if "REG:" in line)
     return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+
+
+def record_launches(capability: int) -> dict[str, int]:
+    """From here on this process's launches compile, as the launcher's arguments ask for, and run nothing. The result
+    counts the compilations of each kernel. For a process of its own: the driver is replaced."""
+    from triton.runtime import driver, jit
+
+    class Driver:
+        def get_current_device(self) -> int:
+            return 0
+
+        def get_current_stream(self, device: int) -> int:
+            return 0
+
+        def get_current_target(self) -> GPUTarget:
+            return GPUTarget("cuda", capability, 32)
+
+    driver.set_active(Driver())
+    found: dict[str, int] = {}
+    compile_one = jit.JITFunction._do_compile
+
+    def launch(self: Any, grid: Any) -> Any:
+        return lambda *args, **options: self.run(*args, grid=grid, warmup=True, **options)
+
+    def count(self: Any, *args: Any, **options: Any) -> Any:
+        found[self.__name__] = found.get(self.__name__, 0) + 1
+        return compile_one(self, *args, **options)
+
+    jit.JITFunction.__getitem__ = launch
+    jit.JITFunction._do_compile = count
+    return found

@@ -543,7 +543,8 @@ class Task {
         if (to_.log_bias != nullptr) to_.log_bias[to] += static_cast<double>(block.bias_sums[m * kBlockRows + r]);
         if (to_.value_gate != nullptr) to_.value_gate[to] += static_cast<double>(block.gate_sums[m * kBlockRows + r]);
       }
-      if (to_.sink != nullptr && to_.lse[at] != -__builtin_huge_val()) {
+      const double nothing = -__builtin_huge_val();
+      if (to_.sink != nullptr && to_.lse[at] != nothing && static_cast<double>(a_.sink[head]) != nothing) {
         double lanes[Vec<double>::kLanes];
         store(lanes, exp2<double, true>(broadcast((static_cast<double>(a_.sink[head]) - to_.lse[at]) * kLog2E)));
         to_.sink[unit_.sequence * heads_ + head] += lanes[0] * static_cast<double>(block.slope[r]);

@@ -202,7 +202,10 @@ def test_runs_repeat_bit_for_bit():
         assert all(torch.equal(first_grads[n], again_grads[n]) for n in first_grads)
 
 
-def test_the_example_of_the_page_runs():
+def test_the_examples_of_the_page_run():
+    """They hold assertions."""
     page = (Path(__file__).parents[2] / "docs" / "attention.md").read_text(encoding="utf-8")
-    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    exec(compile(example, "docs/attention.md", "exec"), {})
+    examples = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert len(examples) == 2
+    for example in examples:
+        exec(compile(example, "docs/attention.md", "exec"), {})

@@ -119,6 +119,16 @@ def test_no_keys_but_a_sink():
     assert torch.equal(grads.pop("sink"), g.sum(0)) and not any(grad.any() for grad in grads.values())
 
 
+def test_a_sink_of_minus_infinity_is_none():
+    case = Case([[0, 2], [0, 1]], [2, 1])
+    plain = case.call(cross_modal_attention, **FLAGS)
+    case.leaves["sink"] = torch.full((4,), -torch.inf, dtype=torch.float64)
+    outputs, grads = both(case)
+    assert all(torch.equal(a, b) for a, b in zip(outputs, plain, strict=True))
+    assert (outputs.lse[:2] == -torch.inf).all() and not grads["sink"].any()
+    assert all(grad.isfinite().all() for grad in grads.values())
+
+
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("name", ["everything", "rows around", "everything, latent", "no query in a sequence"])
 def test_unreferenced_rows_change_nothing(name, bad):

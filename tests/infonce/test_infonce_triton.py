@@ -13,6 +13,7 @@ from test_infonce_kernel import everything, run, unit, widened
 from test_infonce_parts import check_parts
 from torch import Tensor
 
+from gpu import assert_captured
 from mmrec_kernels import info_nce, schemas, validation
 from mmrec_kernels.infonce import autograd
 from numerics import errors
@@ -325,16 +326,7 @@ def test_gpu_loss_and_gradients_are_captured_in_a_graph(width: int) -> None:
         value = info_nce(query, key, scale=20.0)
         return (value, *torch.autograd.grad(value, [query, key]))
 
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        expected = step()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
-    graph.replay()
-    torch.cuda.synchronize()
-    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
+    assert_captured(step)
 
 
 @pytest.mark.gpu

@@ -14,6 +14,7 @@ from .. import reference
 from . import backward_kernels, sum_kernels
 from .prepare import MOST_WIDTH, Launch
 from .sum_kernels import Outside
+from .tiles import COUNT
 
 # KV heads are taken as many at a time as this holds shares of, when gradients go through an index.
 SHARE_BYTES = 2**28
@@ -48,7 +49,6 @@ class Destination(NamedTuple):
 
     data: Tensor
     row_stride: int
-    first_head: int
 
 
 class Shares(NamedTuple):
@@ -81,7 +81,7 @@ def backward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, T
         results[1], results[2]
     )
     if p.query_offsets is not None and row_grads.query is results[0] and "query" in needed:
-        _clear([Outside(results[0], p.query_offsets, p.rows, results[0][0].numel())], p.batch)
+        _clear([Outside(results[0], p.query_offsets, COUNT.value * p.rows, results[0][0].numel())], p.batch)
     grad_query, grad_query_norm, grad_key_norm = _through_norms(p, row_grads.query, results[0], needed)
     return (
         grad_query, results[1], results[2],
@@ -167,8 +167,7 @@ class _Pairs:
             lengths = p.offsets.new_full((batch,), p.query.shape[0])
         else:
             lengths = p.query_offsets.clamp(0, p.query.shape[0]).diff().clamp_min(0)
-        entries = [x.entries for x in p.segments]
-        keys = sum(p.offsets[m].clamp(0, most).diff().clamp_min(0) for m, most in enumerate(entries))
+        keys = sum(p.offsets[m].clamp(0, most).diff().clamp_min(0) for m, most in enumerate(p.entries))
         long = lengths * p.heads[1] > rows
         block = self.keys_sizes["BLOCK_N"]
         key_tiles = torch.where(long, (keys + block - 1) // block + 1, 0)
@@ -181,7 +180,7 @@ class _Pairs:
         """Upper bounds of the tiles of long sequences, for few programs where there can be few."""
         p, (rows, keys) = self.p, (self.rows_sizes["BLOCK_M"], self.keys_sizes["BLOCK_N"])
         long = p.rows * p.heads[1] // rows + 1
-        most = max(2 * long, sum(x.entries for x in p.segments) // keys + 2 * long)
+        most = max(2 * long, sum(p.entries) // keys + 2 * long)
         return max(min(PROGRAMS if not interpreted() else 3, most * heads), 1)
 
     def _arguments(self, starts: Tensor | None, grads: Any, *sizes: int) -> tuple[Any, ...]:
@@ -211,15 +210,14 @@ class _Pairs:
             for m, x in enumerate(tensors):
                 width = x.shape[2]
                 if not bits >> m & 1:
-                    result[-1].append(Destination(p.query, 0, 0))
+                    result[-1].append(Destination(p.query, 0))
                     continue
                 rows = grad[start : start + x.shape[0]]
                 start += x.shape[0]
                 if not p.indexed >> m & 1:
-                    result[-1].append(Destination(rows, p.heads[0] * width, 0))
+                    result[-1].append(Destination(rows, p.heads[0] * width))
                     continue
-                entries = p.segments[m].entries
-                per_head += entries * width * x.element_size()
+                per_head += p.entries[m] * width * x.element_size()
                 if m not in orders:
                     orders[m] = _references(p.segments[m].index, p.offsets[m], x.shape[0])
                 result[-1].append(Shares(x.new_empty(0), rows, *orders[m]))
@@ -236,9 +234,9 @@ class _Pairs:
             for m, x in enumerate(group):
                 if isinstance(x, Shares):
                     width = x.rows.shape[2]
-                    x = x._replace(shares=x.rows.new_empty((self.p.segments[m].entries, here, width)))
+                    x = x._replace(shares=x.rows.new_empty((self.p.entries[m], here, width)))
                     shares.append(x)
-                    found.append(Destination(x.shares, here * width, first))
+                    found.append(Destination(x.shares, here * width))
                 else:
                     found.append(x)
             grads.append(tuple(found))
@@ -248,7 +246,7 @@ class _Pairs:
         p = self.p
         return [
             [
-                Outside(x.data, p.offsets[m], x.data.shape[0], x.row_stride)
+                Outside(x.data, p.offsets[m], COUNT.value * x.data.shape[0], x.row_stride)
                 for m, x in enumerate(group)
                 if isinstance(x, Destination) and x.row_stride and x.data.numel()
             ]
@@ -291,14 +289,15 @@ def _through_norms(p: Launch, grad: Tensor, result: Tensor, needed: set[str]) ->
     if p.query_norm is None and p.key_norm is None:
         return grad.to(p.query.dtype), None, None
     rows, width = grad.shape[0] * grad.shape[1], p.widths[0]
-    block = max(4096 // next_power_of_two(width), 1)
+    whole = max(next_power_of_two(width), 16)
+    block = max(4096 // whole, 1)
     programs = max(min(triton.cdiv(rows, block), 3 if interpreted() else PROGRAMS), 1)
     sums = grad.new_empty((2, programs, width))
     out = p.query.new_empty(p.query.shape)
     sum_kernels.norm_backward_kernel[(programs,)](
         p.queries, grad, out, sums[0], sums[1], rows, p.query.shape[1], width,
         HAS_QUERY_NORM=p.query_norm is not None, HAS_KEY_NORM=p.key_norm is not None, BLOCK_R=block,
-        BLOCK_D=max(next_power_of_two(width), 16), WIDE=p.wide,
+        BLOCK_D=whole, WIDE=p.wide,
     )  # fmt: skip
     norms: list[Any] = [
         None if x is None else total.to(x.dtype)

@@ -14,11 +14,14 @@ import triton.language as tl
 
 from ...triton_common import dot
 from .tiles import (
+    COUNT,
     LN2,
     LOG2E,
+    MOST,
     NOTHING,
     bias_reference,
     bias_tile,
+    bounded,
     find_keys,
     key_tile,
     load_queries,
@@ -29,8 +32,6 @@ from .tiles import (
     reciprocal_rms,
     scale_of,
 )
-
-_MOST_SINK = tl.constexpr(2.0**40)
 
 
 @triton.jit
@@ -63,7 +64,7 @@ def table_kernel(
     tl.store(table_ptr + slot, low.to(tl.int32), slot < slots)
 
 
-@triton.jit(do_not_specialize=["queries", "segments", "bias", "gate", "batch", "tiles", "kv_heads"])
+@triton.jit(do_not_specialize=["batch", "tiles", "kv_heads"])
 def forward_kernel(
     queries, segments, offsets_ptr, table_ptr, bias, gate, sink_ptr, out_ptr, lse_ptr, mass_ptr, batch, tiles,
     kv_heads, width, value_width,
@@ -84,10 +85,11 @@ def forward_kernel(
         first_result = b.to(tl.int64) * n_queries
     else:
         sequence = tl.load(table_ptr + slot)
-        tile = slot - first_slot(queries.offsets, sequence, batch, queries.rows, GROUP, BLOCK_M)
+        rows = queries.rows // COUNT
+        tile = slot - first_slot(queries.offsets, sequence, batch, rows, GROUP, BLOCK_M)
         inside = (sequence >= 1) & (sequence <= batch)
-        first = first_row(queries.offsets, sequence, batch, queries.rows)
-        last = first_row(queries.offsets, sequence + 1, batch, queries.rows)
+        first = first_row(queries.offsets, sequence, batch, rows)
+        last = first_row(queries.offsets, sequence + 1, batch, rows)
         n_queries = (tl.maximum(last, first) - first).to(tl.int32)
         first_result = first
         b = tl.minimum(tl.maximum(sequence - 1, 0), batch - 1)
@@ -115,10 +117,9 @@ def forward_kernel(
         reference, sees = bias_reference(bias, span, b, heads, query, hk * GROUP, HAS_BIAS, BY_HEAD, WIDE)
     if HAS_SINK:
         sink = tl.load(sink_ptr + heads).to(WIDE)
-        sink = tl.where(sink > _MOST_SINK, _MOST_SINK, tl.where(sink < -_MOST_SINK, -_MOST_SINK, sink))
-        alone = tl.where(inside, sink * LOG2E - reference, NOTHING)
+        alone = tl.where(inside, bounded(sink) - reference, NOTHING)
         top = alone
-        weight = tl.where(inside, 1.0, weight)
+        weight = tl.where(alone == NOTHING, 0.0, 1.0).to(WIDE)
     acc = tl.zeros([BLOCK_M, BLOCK_V], WIDE)
     if RETURN_MASS:
         offs_s = tl.arange(0, triton.next_power_of_2(len(segments)))
@@ -165,7 +166,8 @@ def forward_kernel(
     tl.store(out_ptr + at, acc.to(out_ptr.dtype.element_ty), in_m[:, None] & (offs_v < value_width)[None, :])
     log_sum = (top.to(tl.float64) + reference.to(tl.float64) + tl.log2(divisor.to(tl.float64))) * LN2
     if HAS_SINK:  # alone, it is what comes out
-        log_sum = tl.where((weight == 1) & (top == alone), sink.to(tl.float64), log_sum)
+        is_whole = tl.abs(bounded(sink)) < MOST
+        log_sum = tl.where((weight == 1) & (top == alone) & is_whole, sink.to(tl.float64), log_sum)
     tl.store(lse_ptr + result, tl.where(empty, NOTHING, log_sum), in_m)
     if RETURN_MASS:
         at = result[:, None] * len(segments) + offs_s[None, :]

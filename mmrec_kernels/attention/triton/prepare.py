@@ -5,7 +5,6 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass, replace
 from functools import cached_property
-from itertools import count
 from typing import Any
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor
 
 from ...triton_common import interpreted, next_power_of_two, precision
 from ..arguments import Arguments, check_contents
-from .tiles import Keys, PerSegment, Queries
+from .tiles import COUNT, Keys, PerSegment, Queries
 
 # Heads wider than this the reference serves.
 MOST_WIDTH = {torch.float32: 128, torch.float64: 256, torch.bfloat16: 256, torch.float16: 256}
@@ -26,11 +25,11 @@ _LARGEST: dict[str, dict[bool, dict[int, tuple[int, int, int]]]] = {
         True: {64: (32, 32, 4), 128: (16, 16, 4), 256: (16, 16, 8)},
     },
     "rows": {
-        False: {64: (64, 64, 8), 128: (64, 32, 8), 256: (16, 32, 8)},
+        False: {64: (64, 64, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
         True: {32: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
     },
     "keys": {
-        False: {64: (32, 64, 8), 128: (32, 32, 8), 256: (16, 32, 8)},
+        False: {32: (32, 64, 8), 64: (64, 32, 8), 128: (32, 32, 8), 256: (16, 16, 8)},
         True: {32: (32, 32, 8), 128: (16, 16, 8), 256: (16, 16, 8)},
     },
 }
@@ -53,7 +52,7 @@ def block_sizes(kernel: str, rows: float, keys: float, width: int, value_width: 
         if kernel == "rows" and m == 64:
             n = min(n, 32)
         if dtype not in (torch.float32, torch.float64) and m == 16:
-            warps = 4 if max(whole, whole_value) <= 64 or n == 16 else warps
+            warps = 4 if max(whole, whole_value) <= (128 if n == 16 else 64) else warps
     return {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_D": whole, "BLOCK_V": whole_value, "num_warps": warps, "num_stages": 2}
 
 
@@ -99,25 +98,31 @@ class Launch(Arguments):
     def queries(self) -> Queries:
         query = self.tensors[0]
         scale = _float32(self.scale)
-        return Queries(query, query.stride(0), query.stride(1), query.shape[0], self.query_offsets, self.query_norm,
+        rows = COUNT.value * query.shape[0]
+        return Queries(query, query.stride(0), query.stride(1), rows, self.query_offsets, self.query_norm,
                        self.key_norm, self.norm_eps, scale, self.scale - scale)  # fmt: skip
 
     @cached_property
     def segments(self) -> tuple[Keys, ...]:
         _, keys, values = self.tensors
         index, result = iter(self.index), []
-        for m, key, value in zip(count(), keys, values, strict=False):
+        for m, (key, value) in enumerate(zip(keys, values, strict=True)):
             chosen = next(index).contiguous() if self.indexed >> m & 1 else None
             entries = key.shape[0] if chosen is None else chosen.shape[0]
             pointer = self.offsets if chosen is None else chosen
-            result.append(Keys(key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1), key.shape[0],
-                               pointer, entries))  # fmt: skip
+            result.append(Keys(key, key.stride(0), key.stride(1), value, value.stride(0), value.stride(1),
+                               COUNT.value * key.shape[0], pointer, COUNT.value * entries))  # fmt: skip
         return tuple(result)
 
     @property
     def wide(self) -> Any:
         """The type of sums."""
         return tl.float64 if self.dtype == torch.float64 else tl.float32
+
+    @cached_property
+    def entries(self) -> list[int]:
+        """Of each segment, its rows or the length of its index."""
+        return [x.entries // COUNT.value for x in self.segments]
 
     def per_segment(self, x: Tensor | None) -> PerSegment:
         if x is None:
@@ -129,7 +134,7 @@ class Launch(Arguments):
     def shape(self) -> tuple[float, float]:
         """Rows of queries that a KV head of a sequence has, and keys, on average."""
         queries = self.query.shape[0] / (1 if self.latent else max(self.batch, 1))
-        return queries * self.heads[1], sum(x.entries for x in self.segments) / max(self.batch, 1)
+        return queries * self.heads[1], sum(self.entries) / max(self.batch, 1)
 
     @property
     def equal(self) -> bool:
@@ -138,8 +143,9 @@ class Launch(Arguments):
 
     def sizes(self, kernel: str) -> dict[str, int]:
         sizes = block_sizes(kernel, *self.shape, *self.widths, self.query.dtype, self.equal)
-        if interpreted():  # tiles small enough that small tests have several
-            sizes = {**sizes, "BLOCK_M": 16, "BLOCK_N": 16}
+        if interpreted():  # tiles small enough that small tests have several, and of another size in each kernel
+            m, n = {"forward": (32, 16), "rows": (16, 16), "keys": (16, 32)}[kernel]
+            sizes = {**sizes, "BLOCK_M": m, "BLOCK_N": n}
         return {**sizes, "enable_fp_fusion": True}  # the default changes with Triton 3.10
 
     @cached_property

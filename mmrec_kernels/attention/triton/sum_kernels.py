@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import clamped, query_span, reciprocal_rms
+from .tiles import COUNT, clamped, query_span, reciprocal_rms
 
 
 class Outside(NamedTuple):
@@ -15,18 +15,19 @@ class Outside(NamedTuple):
 
     data: Any
     offsets: Any
-    rows: Any
+    rows: Any  # times COUNT
     width: Any
 
 
-@triton.jit(do_not_specialize=["tensors", "batch"])
+@triton.jit(do_not_specialize=["batch"])
 def clear_kernel(tensors, batch, BLOCK: tl.constexpr):
     """Zeros for the rows before and after all sequences, on any number of programs."""
     for m in tl.static_range(len(tensors)):
-        first = clamped(tensors[m].offsets, 0, tensors[m].rows)
-        last = tl.maximum(clamped(tensors[m].offsets, batch, tensors[m].rows), first)
+        rows = tensors[m].rows // COUNT
+        first = clamped(tensors[m].offsets, 0, rows)
+        last = tl.maximum(clamped(tensors[m].offsets, batch, rows), first)
         before = first * tensors[m].width
-        total = (first + tensors[m].rows - last) * tensors[m].width
+        total = (first + rows - last) * tensors[m].width
         skipped = (last - first) * tensors[m].width
         for block in range(tl.program_id(0).to(tl.int64), tl.cdiv(total, BLOCK), tl.num_programs(0)):
             at = block * BLOCK + tl.arange(0, BLOCK)
@@ -34,7 +35,7 @@ def clear_kernel(tensors, batch, BLOCK: tl.constexpr):
             tl.store(tensors[m].data + at, tl.zeros([BLOCK], tensors[m].data.dtype.element_ty), at - skipped < total)
 
 
-@triton.jit(do_not_specialize=["batch", "queries"])
+@triton.jit(do_not_specialize=["batch"])
 def row_sums_kernel(rows_ptr, out_ptr, queries, batch, columns, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr,
                     WIDE: tl.constexpr):  # fmt: skip
     """out[b] = Σ of the rows `[Tq, columns]` of sequence b. Grid: (batch · blocks of columns)."""
@@ -71,7 +72,7 @@ def reference_sums_kernel(
     tl.store(out_ptr + row * out_stride + first_column + offs_c, acc.to(out_ptr.dtype.element_ty), in_c)
 
 
-@triton.jit(do_not_specialize=["queries", "rows", "heads"])
+@triton.jit(do_not_specialize=["rows", "heads"])
 def norm_backward_kernel(
     queries, grad_ptr, out_ptr, query_norm_sums_ptr, key_norm_sums_ptr, rows, heads, width,
     HAS_QUERY_NORM: tl.constexpr, HAS_KEY_NORM: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr,

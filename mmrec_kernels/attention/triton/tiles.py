@@ -15,9 +15,16 @@ import triton.language as tl
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 NOTHING = tl.constexpr(-float("inf"))
-_MOST_BIAS = tl.constexpr(2.0**40)  # finite biases beyond it count as it: masks of finfo.min keep their digits
+MOST = tl.constexpr(
+    2.0**40
+)  # finite biases and sinks beyond it, in log2 units, count as it: finfo.min keeps its digits
 _NEVER = tl.constexpr(2**30)
 _ALWAYS = tl.constexpr(-(2**30))  # the first query that sees a key of a segment that is not causal
+
+
+# Triton specialises numbers in tuples on being 1 and on being divisible by 16, whatever a kernel asks for, and compiles
+# anew for each. Counts, which differ from batch to batch, are passed times this, and so look all the same.
+COUNT = tl.constexpr(16)
 
 
 class Keys(NamedTuple):
@@ -29,9 +36,9 @@ class Keys(NamedTuple):
     value: Any
     value_row_stride: Any
     value_head_stride: Any
-    rows: Any
+    rows: Any  # times COUNT
     index: Any  # any pointer where the segment has none
-    entries: Any  # rows, or the length of the index
+    entries: Any  # rows, or the length of the index; times COUNT
 
 
 class PerSegment(NamedTuple):
@@ -49,7 +56,7 @@ class Queries(NamedTuple):
     data: Any
     row_stride: Any
     head_stride: Any
-    rows: Any
+    rows: Any  # times COUNT
     offsets: Any  # None: latent queries
     query_norm: Any
     key_norm: Any
@@ -67,12 +74,13 @@ def clamped(offsets_ptr, at, most):
 @triton.jit
 def query_span(queries, b, LATENT: tl.constexpr):
     """First row and number of rows of the queries of sequence b."""
+    rows = queries.rows // COUNT
     if LATENT:
         first = tl.zeros([], tl.int64)
-        count = tl.zeros([], tl.int32) + queries.rows
+        count = tl.zeros([], tl.int32) + rows
     else:
-        first = clamped(queries.offsets, b, queries.rows)
-        last = tl.maximum(clamped(queries.offsets, b + 1, queries.rows), first)
+        first = clamped(queries.offsets, b, rows)
+        last = tl.maximum(clamped(queries.offsets, b + 1, rows), first)
         count = (last - first).to(tl.int32)
     return first, count
 
@@ -91,8 +99,9 @@ def find_keys(
     shifts = ()
     total = tl.zeros([], tl.int32)
     for m in tl.static_range(len(segments)):
-        first = clamped(offsets_ptr, m * (batch + 1) + b, segments[m].entries)
-        last = tl.maximum(clamped(offsets_ptr, m * (batch + 1) + b + 1, segments[m].entries), first)
+        most = segments[m].entries // COUNT
+        first = clamped(offsets_ptr, m * (batch + 1) + b, most)
+        last = tl.maximum(clamped(offsets_ptr, m * (batch + 1) + b + 1, most), first)
         all_keys = (last - first).to(tl.int32)
         count = all_keys
         shift = tl.zeros([], tl.int32) + _ALWAYS
@@ -133,7 +142,7 @@ def key_tile(segments, span, cols, hk, INDEXED: tl.constexpr, ALIGN: tl.constexp
         ok_m = inside
         if INDEXED >> m & 1:
             row = tl.load(segments[m].index + entry_m, here & (position < counts[m]), -1)
-            ok_m = (row >= 0) & (row < segments[m].rows)
+            ok_m = (row >= 0) & (row < segments[m].rows // COUNT)
         row = row.to(tl.int64)
         k_m = segments[m].key + row * segments[m].key_row_stride + wide_hk * segments[m].key_head_stride
         v_m = segments[m].value + row * segments[m].value_row_stride + wide_hk * segments[m].value_head_stride
@@ -200,11 +209,17 @@ def load_queries(
 
 
 @triton.jit
+def bounded(x):
+    """A bias or sink in log2 units, inside ±MOST; −inf stays what it is."""
+    y = x * LOG2E
+    y = tl.where(y > MOST, MOST, tl.where(y < -MOST, -MOST, y))
+    return tl.where(x == NOTHING, NOTHING, y)
+
+
+@triton.jit
 def bias_tile(bias, b, heads, segment, first_head, BY_HEAD: tl.constexpr, WIDE: tl.constexpr):
     """log2 units, −inf kept; `heads` and `segment` expanded against each other, `heads` unused unless BY_HEAD."""
-    x = per_segment_tile(bias, b, heads, segment, first_head, BY_HEAD, WIDE)
-    x = tl.where(x > _MOST_BIAS, _MOST_BIAS, x)
-    return tl.where((x < -_MOST_BIAS) & (x != NOTHING), -_MOST_BIAS, x) * LOG2E
+    return bounded(per_segment_tile(bias, b, heads, segment, first_head, BY_HEAD, WIDE))
 
 
 @triton.jit
