@@ -51,7 +51,15 @@ INTEGERS = [
     if isinstance(field.default, int) and not isinstance(field.default, bool)
 ]
 FLOATS = [field.name for field in dataclasses.fields(RecommenderConfig) if isinstance(field.default, float)]
-MAY_BE_ZERO = {"extra_negatives", "experts_shared", "experts_private", "align_items", "lora_rank", "seed"}
+MAY_BE_ZERO = {
+    "extra_negatives",
+    "experts_shared",
+    "experts_private",
+    "align_items",
+    "lora_rank",
+    "fusion_layers",
+    "seed",
+}
 FRACTIONS = {"dropout", "content_dropout", "identity_dropout", "modality_dropout", "label_smoothing", "warmup"}
 
 
@@ -99,6 +107,7 @@ def test_wrong_types_name_the_field(name: str, value: Any) -> None:
         ({"negatives": "some"}, "negatives must be one of .*got 'some'"),
         ({"quantize": "int8"}, "quantize must be one of .*got 'int8'"),
         ({"text_level": "words"}, "text_level must be one of .*got 'words'"),
+        ({"fusion": "middle"}, "fusion must be one of .*got 'middle'"),
         ({"width": 62, "heads": 4}, "width must be a multiple of heads and item_heads, got 62, 4 and 2"),
         ({"width": 62, "item_heads": 4}, "width must be a multiple of heads and item_heads, got 62, 2 and 4"),
         ({"image_size": 60}, "image_size must be a multiple of image_patch, got 60 and 32"),

@@ -9,6 +9,9 @@ from rec_helpers import ALL, BARE, COLD, CONTENT, ITEMS, KNOWN, NOTHING, TRAINED
 from mmrec.recommender import ItemInputs, ItemOutput, ItemSpec, ItemTower, Recommender
 
 EVERY = torch.arange(ITEMS)
+FUSIONS = [
+    {"fusion": when, "fusion_layers": layers} for when in ("early", "intermediate", "late") for layers in (0, 2)
+]  # fmt: skip
 
 
 def encode(model: Recommender, content: ItemInputs | None = None, items: torch.Tensor = EVERY) -> ItemOutput:
@@ -25,9 +28,10 @@ def test_identity_alone_is_the_embedding_and_zero_for_a_cold_item() -> None:
     assert output.routing is None and output.pooled == {}
 
 
-def test_mass_is_the_share_of_each_modality() -> None:
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_mass_is_the_share_of_each_modality(fusion: dict[str, object]) -> None:
     content = inputs()
-    output = encode(model_of(config()), content)
+    output = encode(model_of(config(**fusion)), content)
     expected = torch.ones(ITEMS).double()
     expected[NOTHING] = 0
     torch.testing.assert_close(output.mass.sum(1), expected)
@@ -37,13 +41,15 @@ def test_mass_is_the_share_of_each_modality() -> None:
         assert torch.equal(output.present[name], present[name])
 
 
-def test_an_item_with_nothing_but_its_identity() -> None:
-    output = encode(model_of(config()))
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_an_item_with_nothing_but_its_identity(fusion: dict[str, object]) -> None:
+    output = encode(model_of(config(**fusion)))
     torch.testing.assert_close(output.mass[BARE], torch.tensor([1.0, 0.0, 0.0, 0.0]).double())
 
 
-def test_a_cold_items_identity_is_never_read() -> None:
-    model = model_of(config())
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_cold_items_identity_is_never_read(fusion: dict[str, object]) -> None:
+    model = model_of(config(**fusion))
     before = encode(model)
     assert model.item_tower.identity is not None
     with torch.no_grad():
@@ -55,8 +61,9 @@ def test_a_cold_items_identity_is_never_read() -> None:
     assert before.mass[COLD, 0] == 0 and before.vectors[COLD].any()
 
 
-def test_a_cold_item_without_content_is_zero() -> None:
-    assert not encode(model_of(config())).vectors[NOTHING].any()
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_cold_item_without_content_is_zero(fusion: dict[str, object]) -> None:
+    assert not encode(model_of(config(**fusion))).vectors[NOTHING].any()
 
 
 def test_without_identity_every_item_is_its_content() -> None:

@@ -19,6 +19,7 @@ _CHOICES = {
     "negatives": ("auto", "all", "batch"),
     "quantize": ("nf4", None),
     "text_level": ("fields", "tokens"),
+    "fusion": ("early", "intermediate", "late"),
 }
 _AT_LEAST_ONE = (
     "width", "item_queries", "item_heads", "text_rank", "image_rank", "image_size", "image_patch",
@@ -28,7 +29,8 @@ _AT_LEAST_ONE = (
 _FRACTIONS = ("dropout", "content_dropout", "identity_dropout", "modality_dropout", "label_smoothing", "warmup")
 _NOT_NEGATIVE = (
     "learning_rate", "backbone_learning_rate", "weight_decay", "clip_norm", "align_weight", "balance_weight",
-    "z_weight", "extra_negatives", "experts_shared", "experts_private", "align_items", "lora_rank", "seed",
+    "z_weight", "extra_negatives", "experts_shared", "experts_private", "align_items", "lora_rank",
+    "fusion_layers", "seed",
 )  # fmt: skip
 
 
@@ -47,7 +49,8 @@ class RecommenderConfig:
         image_size, image_patch: posters are scaled to size × size pixels and cut into patches.
         table_pooled: one token per table row instead of one per cell.
 
-    Item tower: `width`, `item_queries` learned queries with `item_heads` heads, `experts_shared` experts for all
+    Item tower: `width`, `item_queries` learned queries with `item_heads` heads; `fusion` "early", "intermediate" or
+        "late" and `fusion_layers` of latents (`ModalityFusion`); `experts_shared` experts for all
         modalities and `experts_private` per modality, `experts_per_token` chosen, `expert_hidden` wide (0 experts of
         either kind = none); `identity_dropout`: share of items whose identity is hidden in a training step, so that
         content learns to stand in; `modality_dropout`: the same for each content modality; `content_dropout`: on
@@ -87,6 +90,8 @@ class RecommenderConfig:
     width: int = 64
     item_queries: int = 4
     item_heads: int = 2
+    fusion: str = "early"
+    fusion_layers: int = 0
     experts_shared: int = 2
     experts_private: int = 1
     experts_per_token: int = 2

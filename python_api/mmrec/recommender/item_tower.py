@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmrec_kernels import Routing
 
-from ..fusion import CrossModalAttention, ModalityMoE, TableEncoder, Tokens, Whitening
+from ..fusion import ModalityFusion, ModalityMoE, TableEncoder, Tokens, Whitening
 from .config import IDENTITY, RecommenderConfig
 from .inputs import ItemInputs, ItemSpec
 
@@ -35,7 +35,7 @@ class ItemTower(nn.Module):
     """Identity embedding and content tokens → experts by modality → learned queries over all modalities → one vector.
 
     Content: frozen encoders' vectors are whitened and projected, table cells embedded, each with an embedding of its
-    slot. All tokens of all modalities go through one `ModalityMoE`; `CrossModalAttention` fuses them with the identity,
+    slot. All tokens of all modalities go through one `ModalityMoE`; `ModalityFusion` fuses them with the identity,
     which is a modality of one token and is added to the result as well. An item whose identity is unknown (never
     trained) is described by its content alone. With ("identity",) alone there is nothing to fuse and the vector is the
     identity embedding.
@@ -75,9 +75,10 @@ class ItemTower(nn.Module):
                 width, len(config.content), shared=config.experts_shared, private=config.experts_private,
                 hidden=config.expert_hidden, k=config.experts_per_token, dropout=config.content_dropout,
             )  # fmt: skip
-        self.fuse = CrossModalAttention(
-            config.modalities, width, num_queries=config.item_queries, num_heads=config.item_heads
-        )
+        self.fuse = ModalityFusion(
+            config.modalities, width, when=config.fusion, num_queries=config.item_queries,
+            num_heads=config.item_heads, num_layers=config.fusion_layers, dropout=config.content_dropout,
+        )  # fmt: skip
         self.gain = nn.Parameter(torch.ones(()))
 
     def fit_whitening(self, inputs: ItemInputs, items: Tensor) -> None:

@@ -18,7 +18,7 @@ from ...files import write_atomic
 
 __all__ = ["exists", "load_tensors", "remove", "save_json", "save_tensors"]
 
-_FORMAT = 2  # 2: the fusion averages its answers
+_FORMAT = 3  # 2: the fusion averages its answers; 3: what fuses may be chosen
 
 
 def exists(folder: Path, name: str) -> bool:
