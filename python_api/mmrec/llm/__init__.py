@@ -1,9 +1,20 @@
 """LLM processing layer: quantised Hugging Face backbones with LoRA, pooled or token embeddings, and their cache."""
 
+from .attention import kernel_attention, register_attention, unregister_attention
 from .backbone import Backbone
 from .cache import CacheWriteError, EmbeddingCache
 from .encoded import Encoded
 from .lora import LoRAConfig
 from .vision import VisionEncoder
 
-__all__ = ["Backbone", "CacheWriteError", "EmbeddingCache", "Encoded", "LoRAConfig", "VisionEncoder"]
+__all__ = [
+    "Backbone",
+    "CacheWriteError",
+    "EmbeddingCache",
+    "Encoded",
+    "LoRAConfig",
+    "VisionEncoder",
+    "kernel_attention",
+    "register_attention",
+    "unregister_attention",
+]
