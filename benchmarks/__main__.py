@@ -31,6 +31,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--mode", metavar="MODE[,MODE]", help=f"of {', '.join(MODES)}; default: all that the op has")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: cpu")
     parser.add_argument("--k", metavar="K[,K]", help="retrieval: how many items to return; default: 10,100")
+    parser.add_argument(
+        "--candidates",
+        action="store_true",
+        help="also our CUDA C++ kernels that do not serve yet; retrieval and attention on cuda",
+    )
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="time per case beyond the least number of calls; default: 10"
@@ -97,6 +102,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     dtypes = _chosen(parser, "--dtype", args.dtype, module.DTYPES[args.device], f"{args.op} on {args.device}")
     modes = _chosen(parser, "--mode", args.mode, getattr(module, "MODES", MODES), args.op)
     options = _ks(parser, args, module)
+    if args.candidates:
+        if args.op not in ("retrieval", "attention") or args.device != "cuda":
+            parser.error(
+                f"--candidates is an option of retrieval and attention on cuda, got {args.op} on {args.device}"
+            )
+        options["candidates"] = True
     path = _path(parser, args)
     if args.threads is not None:
         torch.set_num_threads(args.threads)

@@ -7,14 +7,30 @@ sequence side by side, and a mask. Whether a model has that layout already or ha
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+from .. import schemas
 from ..attention import Segment, cross_modal_attention
-from .case import MODES, Call, Case, Inputs, Provider, Work, against, generator, in_mode, leaf, our_name, torch_dtype
+from .case import (
+    MODES,
+    Call,
+    Case,
+    Inputs,
+    Provider,
+    Work,
+    against,
+    by_candidate,
+    generator,
+    in_mode,
+    leaf,
+    our_name,
+    torch_dtype,
+)
 
 OP = "attention"
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
@@ -56,9 +72,12 @@ SHAPES = {
 }
 
 
-def cases(shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES) -> list[Case]:
-    """One case per shape, dtype and mode."""
-    return [case(shape, dtype, device, mode) for shape in SHAPES[shapes] for dtype in dtypes for mode in modes]
+def cases(
+    shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES, candidates: bool = False
+) -> list[Case]:
+    """One case per shape, dtype and mode; with `candidates` also by the CUDA C++ kernel that does not serve yet."""
+    found = [case(shape, dtype, device, mode) for shape in SHAPES[shapes] for dtype in dtypes for mode in modes]
+    return [_with_candidate(c) for c in found] if candidates else found
 
 
 def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
@@ -104,6 +123,14 @@ def _providers(shape: dict[str, int], device: str, mode: str) -> list[Provider]:
     if mode == "forward" or device == "cuda":  # it has no backward on CPU
         found.append(Provider("torch.compile of flex_attention", _flex, _ours_finished(mode)))
     return found
+
+
+def _with_candidate(case: Case) -> Case:
+    """It has a forward only, for 16-bit rows of a few widths."""
+    if case.mode != "forward" or case.dtype == "float32" or case.shape["width"] not in (16, 32, 64, 128):
+        return case
+    warp = Provider("mmrec (CUDA C++, a warp per sequence)", _ours_by_warp, _ours_finished(case.mode), ours=True)
+    return replace(case, providers=(*case.providers, warp))
 
 
 def _tuple(work: Work) -> tuple[int, int, int]:
@@ -191,6 +218,10 @@ def _ours(given: Inputs, mode: str, dtype: torch.dtype | None = None) -> Call:
         return out
 
     return in_mode(forward, leaves, grad, mode)
+
+
+def _ours_by_warp(given: Inputs, mode: str) -> Call:
+    return by_candidate(schemas.attention_forward_warp, _ours(given, mode))
 
 
 def _eager(query: Tensor, key: Tensor, value: Tensor, attn_mask: Tensor) -> Tensor:

@@ -89,6 +89,19 @@ def our_name(raw_op: str, device: str) -> str:
     raise LookupError(f"no provider of {raw_op} was announced for {device}")
 
 
+def by_candidate(candidate: Any, function: Call) -> Call:
+    """`function`, a call of a public function, with another of our kernels in place of the provider of its raw op."""
+
+    def call() -> Any:
+        served, library.call = library.call, lambda op, *args: candidate(*args)
+        try:
+            return function()
+        finally:
+            library.call = served
+
+    return call
+
+
 def in_mode(function: Callable[[], Tensor], leaves: Sequence[Tensor], grad: Tensor, mode: str) -> Call:
     """`function` as a call in `mode`: its result without gradients (forward), the gradients of `leaves` under the
     upstream gradient `grad` from a graph that is kept (backward), or both passes (full)."""

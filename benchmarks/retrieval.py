@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import schemas
 from ..retrieval import top_k
-from .case import Call, Case, Inputs, Provider, Work, generator, our_name, torch_dtype
+from .case import Call, Case, Inputs, Provider, Work, by_candidate, generator, our_name, torch_dtype
 
 OP = "retrieval"
 MODES = ("forward",)
@@ -30,13 +31,18 @@ _ORACLE_CHUNK = 65_536
 
 
 def cases(
-    shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES, ks: Sequence[int] = KS
+    shapes: str,
+    device: str,
+    dtypes: Sequence[str],
+    modes: Sequence[str] = MODES,
+    ks: Sequence[int] = KS,
+    candidates: bool = False,
 ) -> list[Case]:
-    """One case per shape, dtype and k."""
-    return [case(shape, dtype, device, k) for shape in SHAPES[shapes] for dtype in dtypes for k in ks]
+    """One case per shape, dtype and k; with `candidates` also by the CUDA C++ kernel that does not serve yet."""
+    return [case(shape, dtype, device, k, candidates) for shape in SHAPES[shapes] for dtype in dtypes for k in ks]
 
 
-def case(shape: tuple[int, int, int], dtype: str, device: str, k: int) -> Case:
+def case(shape: tuple[int, int, int], dtype: str, device: str, k: int, candidates: bool = False) -> Case:
     """The case of `queries, items, width`. Read: items, their steps and the queries, once. Written: scores and ids."""
     queries, items, width = shape
     item_bytes = 1 if dtype == "int8" else torch_dtype(dtype).itemsize
@@ -53,7 +59,7 @@ def case(shape: tuple[int, int, int], dtype: str, device: str, k: int) -> Case:
         device,
         "forward",
         work,
-        providers(dtype, device, queries),
+        providers(dtype, device, queries, candidates),
         inputs=lambda: inputs(shape, dtype, device, k),
         judge=judge,
         compute_dtype=torch.float32 if dtype == "int8" else torch_dtype(dtype),
@@ -72,7 +78,7 @@ def inputs(shape: tuple[int, int, int], dtype: str, device: str, k: int) -> Inpu
     return {"query": query, "items": (items / scales[:, None]).round_().to(torch.int8), "scales": scales, "k": k}
 
 
-def providers(dtype: str, device: str, queries: int) -> tuple[Provider, ...]:
+def providers(dtype: str, device: str, queries: int, candidates: bool = False) -> tuple[Provider, ...]:
     """Ours and the peers in their best configurations."""
     storage = "int8 → float32 " if dtype == "int8" else ""
     found = [
@@ -80,6 +86,8 @@ def providers(dtype: str, device: str, queries: int) -> tuple[Provider, ...]:
         Provider(f"torch {storage}matmul + topk", _plain),
         Provider(f"torch {storage}matmul + topk in item chunks", _chunked),
     ]
+    if candidates:
+        found.append(Provider("mmrec (CUDA C++, items streamed)", _ours_streamed, ours=True))
     if device == "cpu":
         for kind, name in _FAISS[dtype]:
             found.append(Provider(f"faiss {name}", _faiss(kind, sharded=False), module="faiss", install="faiss-cpu"))
@@ -102,6 +110,10 @@ _FAISS = {
 def _ours(given: Inputs, mode: str) -> Call:
     query, items, scales, k = (given[name] for name in ("query", "items", "scales", "k"))
     return lambda: top_k(query, items, k, item_scales=scales)
+
+
+def _ours_streamed(given: Inputs, mode: str) -> Call:
+    return by_candidate(schemas.retrieval_topk_stream, _ours(given, mode))
 
 
 def _scores(given: Inputs) -> Callable[[int, int], Tensor]:

@@ -425,8 +425,10 @@ _ATTENTION_INPUTS = (
 )
 
 
-@_define(f"_attention_forward({_ATTENTION_INPUTS}, bool return_mass) -> (Tensor, Tensor, Tensor)")
-def attention_forward(
+_ATTENTION_FORWARD = f"({_ATTENTION_INPUTS}, bool return_mass) -> (Tensor, Tensor, Tensor)"
+
+
+def _attention_forward_fake(
     query: Tensor,
     keys: list[Tensor],
     values: list[Tensor],
@@ -454,6 +456,11 @@ def attention_forward(
         query.new_empty((rows, heads), dtype=terms_dtype(query.device)),
         query.new_empty(mass_shape, dtype=dtype),
     )
+
+
+attention_forward = _define("_attention_forward" + _ATTENTION_FORWARD)(_attention_forward_fake)
+# CUDA C++ for tiny sequences: the same op by another kernel, for the benchmark until a GPU run shows it faster.
+attention_forward_warp = _define("_attention_forward_warp" + _ATTENTION_FORWARD)(_attention_forward_fake)
 
 
 @_define(

@@ -57,19 +57,24 @@ def compile_for(
     compiled = triton.compile(
         source, target=GPUTarget("cuda", capability, 32), options={"num_warps": num_warps, "num_stages": num_stages}
     )
-    usage = _resource_usage(compiled.asm["cubin"])
+    path = Path(tempfile.mkdtemp()) / "kernel.cubin"
+    path.write_bytes(compiled.asm["cubin"])
+    (usage,) = resource_usage(path).values()
     return Resources(usage["REG"], usage["STACK"], int(compiled.metadata.shared), compiled.asm["ptx"])
 
 
-def _resource_usage(cubin: bytes) -> dict[str, int]:
+def resource_usage(path: Path) -> dict[tuple[str, str], dict[str, int]]:
+    """REG, STACK, SHARED and more of every kernel of a cubin or of a library, by architecture and mangled name."""
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))
-    path = Path(tempfile.mkdtemp()) / "kernel.cubin"
-    path.write_bytes(cubin)
-    text = subprocess.run(
-        [str(tool), "--dump-resource-usage", str(path)], check=True, capture_output=True, text=True
-    ).stdout
-    line = next(line for line in text.splitlines() if "REG:" in line)
-    return {name: int(value) for name, value in re.findall(r"(\w+):(\d+)", line)}
+    command = [str(tool), "--dump-resource-usage", str(path)]
+    text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    found, arch = {}, ""
+    for name, lines in re.findall(r"^\s*(arch = \S+|Function \S+?:)(.*(?:\n\s+REG:.*)?)", text, re.M):
+        if name.startswith("arch"):
+            arch = name.removeprefix("arch = ")
+        else:
+            found[arch, name[len("Function ") : -1]] = {k: int(v) for k, v in re.findall(r"(\w+):(\d+)", lines)}
+    return found
 
 
 def record_launches(capability: int) -> dict[str, int]:

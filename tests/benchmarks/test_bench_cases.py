@@ -89,6 +89,21 @@ def test_retrieval_providers(dtype, queries, monkeypatch, threads):
             assert errors["max"] < 1e-6 and errors["rank_agreement"] == 1.0, name
 
 
+def test_candidates_are_asked_for_by_name():
+    """A case on a GPU can be made without one."""
+    for module, dtype, name in (
+        (retrieval, "float32", "items streamed"),
+        (attention, "float16", "a warp per sequence"),
+    ):
+        plain, more = (module.cases("small", "cuda", (dtype,), ("forward",), candidates=c) for c in (False, True))
+        for one, other in zip(plain, more, strict=True):
+            added = [p for p in other.providers if p.name not in {q.name for q in one.providers}]
+            assert [p.ours for p in added] == [True] and name in added[0].name
+    for dtype, mode in (("float32", "forward"), ("float16", "full")):  # what it does not do
+        for case in attention.cases("small", "cuda", (dtype,), (mode,), candidates=True):
+            assert not any("warp" in p.name for p in case.providers)
+
+
 def test_retrieval_judge_tells_a_wrong_item_from_a_tie():
     case = retrieval.case((2, 50, 8), "float32", "cpu", 5)
     given = case.inputs()

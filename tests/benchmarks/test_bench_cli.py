@@ -164,6 +164,7 @@ def test_json_dir_is_by_device(tiny, tmp_path):
         (["--op", "retrieval", "--k", "0"], "--k must be in 1 to 4000 for the small shapes, got '0'"),
         (["--op", "retrieval", "--k", "10,5000"], "--k must be in 1 to 4000"),
         (["--op", "infonce", "--k", "10"], "--k is an option of --op retrieval, got --op infonce"),
+        (["--op", "attention", "--candidates"], "--candidates is an option of retrieval and attention on cuda, got"),
         (["--op", "retrieval", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["--op", "retrieval", "--seconds", "nan"], "--seconds must not be negative, got nan"),
         (["--op", "retrieval", "--json", "no/such/folder/rows.json"], "there is no folder no/such/folder"),
