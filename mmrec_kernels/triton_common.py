@@ -18,6 +18,10 @@ def dot(a, b, acc, PRECISION: tl.constexpr, UPCAST: tl.constexpr):
     return tl.dot(a, b.to(a.dtype), acc, input_precision=PRECISION)
 
 
+# Of every launch that adds products: the default changes with Triton 3.10, and with it the last bits.
+FUSED = {"enable_fp_fusion": True}
+
+
 def interpreted() -> bool:
     """Whether kernels run in Triton's interpreter, on CPU tensors."""
     return os.environ.get("TRITON_INTERPRET", "0") == "1"

@@ -9,7 +9,7 @@ import triton
 from torch import Tensor
 
 from ...schemas import ATTENTION_NEEDS, statistics_dtype
-from ...triton_common import interpreted, next_power_of_two
+from ...triton_common import FUSED, interpreted, next_power_of_two
 from .. import reference
 from . import backward_kernels, sum_kernels
 from .prepare import MOST_WIDTH, Launch
@@ -297,7 +297,7 @@ def _through_norms(p: Launch, grad: Tensor, result: Tensor, needed: set[str]) ->
     sum_kernels.norm_backward_kernel[(programs,)](
         p.queries, grad, out, sums[0], sums[1], rows, p.query.shape[1], width,
         HAS_QUERY_NORM=p.query_norm is not None, HAS_KEY_NORM=p.key_norm is not None, BLOCK_R=block,
-        BLOCK_D=whole, WIDE=p.wide,
+        BLOCK_D=whole, WIDE=p.wide, **FUSED,
     )  # fmt: skip
     norms: list[Any] = [
         None if x is None else total.to(x.dtype)

@@ -11,7 +11,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from ...triton_common import interpreted, next_power_of_two, precision
+from ...triton_common import FUSED, interpreted, next_power_of_two, precision
 from ..arguments import Arguments, check_contents
 from .tiles import COUNT, Keys, PerSegment, Queries
 
@@ -146,7 +146,7 @@ class Launch(Arguments):
         if interpreted():  # tiles small enough that small tests have several, and of another size in each kernel
             m, n = {"forward": (32, 16), "rows": (16, 16), "keys": (16, 32)}[kernel]
             sizes = {**sizes, "BLOCK_M": m, "BLOCK_N": n}
-        return {**sizes, "enable_fp_fusion": True}  # the default changes with Triton 3.10
+        return {**sizes, **FUSED}
 
     @cached_property
     def flags(self) -> dict[str, bool | int | str]:

@@ -7,6 +7,7 @@ import triton
 from torch import Tensor
 
 from ...schemas import terms_dtype
+from ...triton_common import FUSED
 from ..reference import NORM_EPS
 from . import forward_kernels as kernels
 from .prepare import LOG2E, Prepared, launch_sizes, prepare
@@ -69,7 +70,7 @@ def forward(
         )  # fmt: skip
         if merged_ref is not None and merged_sum is not None:
             kernels.merge_kernel[(triton.cdiv(columns, 128),)](
-                column_ref, column_sum, merged_ref[c], merged_sum[c], columns, here, BLOCK=128
+                column_ref, column_sum, merged_ref[c], merged_sum[c], columns, here, BLOCK=128, **FUSED
             )
     _combine(row_ref, row_sum, row_lse)
     row_lse.masked_fill_(~p.has_term, -torch.inf)
@@ -93,7 +94,7 @@ def _positives(p: Prepared, log_q: Tensor | None) -> Tensor:
         return dots
     kernels.positive_kernel[(triton.cdiv(rows, 16),)](
         p.query, p.key, p.target, dots, torch.empty_like(dots), rows, width, q_stride, k_stride,
-        HAS_KEY=True, BLOCK_M=16, BLOCK_D=64,
+        HAS_KEY=True, BLOCK_M=16, BLOCK_D=64, **FUSED,
     )  # fmt: skip
     target = torch.where(p.has_positive, p.target, 0)
     if p.query_norm is not None and p.key_norm is not None:
@@ -115,4 +116,6 @@ def _rank_references(p: Prepared, blocks: dict[str, int]) -> Tensor:
 
 
 def _combine(ref: Tensor, total: Tensor, out: Tensor) -> None:
-    kernels.combine_kernel[(triton.cdiv(out.shape[0], 128),)](ref, total, out, out.shape[0], ref.shape[0], BLOCK=128)
+    kernels.combine_kernel[(triton.cdiv(out.shape[0], 128),)](
+        ref, total, out, out.shape[0], ref.shape[0], BLOCK=128, **FUSED
+    )

@@ -9,7 +9,7 @@ import torch
 import triton
 from torch import Tensor
 
-from ...triton_common import interpreted, next_power_of_two, precision
+from ...triton_common import FUSED, interpreted, next_power_of_two, precision
 from ..contents import check_contents, comparable_ids, find_terms, listed_pairs
 from ..reference import NORM_EPS
 from . import forward_kernels as kernels
@@ -34,10 +34,10 @@ def block_sizes(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
 
 def launch_sizes(kernel: str, width: int, dtype: torch.dtype) -> dict[str, int]:
     if not interpreted():
-        return block_sizes(kernel, width, dtype)
+        return {**block_sizes(kernel, width, dtype), **FUSED}
     # Tiles small enough that small tests have several.
     whole = max(next_power_of_two(width), 16)
-    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": whole if kernel.endswith("sums") else 16}
+    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_D": whole if kernel.endswith("sums") else 16, **FUSED}
 
 
 class Prepared(NamedTuple):
@@ -109,7 +109,7 @@ def _norms(matrix: Tensor) -> Tensor:
     if matrix.shape[0]:
         kernels.positive_kernel[(triton.cdiv(matrix.shape[0], 16),)](
             matrix, None, None, None, norms, matrix.shape[0], matrix.shape[1], matrix.stride(0), 0,
-            HAS_KEY=False, BLOCK_M=16, BLOCK_D=64,
+            HAS_KEY=False, BLOCK_M=16, BLOCK_D=64, **FUSED,
         )  # fmt: skip
     return norms
 
