@@ -79,6 +79,7 @@ struct AttentionResults {
 struct SegmentGradients {
   void *key, *value;  // or null
   bool widened;       // T instead of the element type
+  bool streamed;      // rows are whole lines of 64 bytes, and more of them than a cache keeps until they are read
   int64_t first_entry;
 };
 
@@ -112,7 +113,8 @@ template <typename T>
 struct AttentionForward {
   // How much scratch a task needs.
   int64_t (*scratch_bytes)(const Attention<T>&);
-  void (*attend)(const Attention<T>&, const AttentionResults<T>&, const AttentionUnit&, char* scratch);
+  // `next`: the sequence whose keys will be met next, or −1.
+  void (*attend)(const Attention<T>&, const AttentionResults<T>&, const AttentionUnit&, int64_t next, char* scratch);
 };
 
 template <typename T>
@@ -120,8 +122,8 @@ struct AttentionBackward {
   // For sequences of up to `most_queries`.
   int64_t (*scratch_bytes)(const Attention<T>&, int64_t most_queries);
   // All rows of a unit's sequence, whatever rows it names.
-  void (*differentiate)(const Attention<T>&, const AttentionGradients<T>&, const AttentionUnit&, int64_t most_queries,
-                        char* scratch);
+  void (*differentiate)(const Attention<T>&, const AttentionGradients<T>&, const AttentionUnit&, int64_t next,
+                        int64_t most_queries, char* scratch);
 };
 
 #define MMREC_DECLARE(isa)                            \

@@ -23,6 +23,8 @@ using torch::headeronly::ScalarType;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
+// Gradients of keys, or of values, from this on are written past the caches.
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;
 
 // The bits of `needs`, in the order of ATTENTION_NEEDS.
 enum Need : int { kQuery, kLogBias, kValueGate, kSink, kQueryNorm, kKeyNorm };
@@ -81,8 +83,11 @@ class Pass {
       for_each_task(
           static_cast<int64_t>(problem_.tasks.size()) - 1, [&] { return Buffer<char>(bytes); },
           [&](int64_t task, const Buffer<char>& scratch) {
-            for (int64_t u = problem_.tasks[task]; u < problem_.tasks[task + 1]; ++u) {
-              kernels_here<AttentionBackward<T>>().differentiate(problem_.kernel, to_, problem_.units[u], most_queries_, scratch.get());
+            const int64_t end = problem_.tasks[task + 1];
+            for (int64_t u = problem_.tasks[task]; u < end; ++u) {
+              const int64_t next = u + 1 < end ? problem_.units[u + 1].sequence : -1;
+              kernels_here<AttentionBackward<T>>().differentiate(problem_.kernel, to_, problem_.units[u], next, most_queries_,
+                                                                 scratch.get());
             }
           });
       if (latent()) add_latent(first, last);
@@ -139,7 +144,7 @@ class Pass {
     make_side(values_, arguments_.values, needs_.values, kernel.value_width);
     to_.segment = segments_.data();
     for (size_t m = 0; m < segments_.size(); ++m) {
-      segments_[m] = {keys_.begin[m], values_.begin[m], false, 0};
+      segments_[m] = {keys_.begin[m], values_.begin[m], false, streamed(keys_) && streamed(values_), 0};
     }
   }
 
@@ -176,6 +181,13 @@ class Pass {
     }
   }
 
+  // Whether rows go past the caches; also of a side that nobody needs.
+  bool streamed(const Side<T>& side) const {
+    const int64_t row = side.width * arguments_.query.element_size(), bytes = side.rows.numel() * arguments_.query.element_size();
+    const bool lines = row % 64 == 0 && reinterpret_cast<uintptr_t>(side.rows.const_data_ptr()) % 64 == 0;
+    return bytes == 0 || (lines && bytes >= kStreamedBytes);
+  }
+
   // The sequences from `first` on whose shares kChunkBytes hold, at least one.
   int64_t end_of_chunk(int64_t first) const {
     const Attention<T>& kernel = problem_.kernel;
@@ -208,7 +220,7 @@ class Pass {
         side.shares[m] = Buffer<T>((segment.offsets[last] - segment.offsets[first]) * kernel.kv_heads * side.width);
         return side.shares[m].get();
       };
-      segments_[m] = {shares(keys_), shares(values_), true, segment.offsets[first]};
+      segments_[m] = {shares(keys_), shares(values_), true, false, segment.offsets[first]};
     }
   }
 

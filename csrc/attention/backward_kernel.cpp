@@ -107,13 +107,16 @@ class Task {
   static constexpr int kLanes = V::kLanes;
 
  public:
-  Task(const Attention<T>& a, const AttentionGradients<T>& to, const AttentionUnit& unit, int64_t most_queries, Arena& arena)
+  Task(const Attention<T>& a, const AttentionGradients<T>& to, const AttentionUnit& unit, int64_t next, int64_t most_queries,
+       Arena& arena)
       : a_(a),
         to_(to),
         widths_(a, true),
         shared_(widths_, arena),
         keys_(widths_, arena),
+        ahead_(a, arena),
         unit_(unit),
+        next_(next),
         blocks_(arena.take<Block<Kind, T>>(most_blocks(a, most_queries))),
         arena_(arena),
         queries_(a, unit.sequence) {
@@ -138,6 +141,7 @@ class Task {
       }
       for (int64_t n = 0; n < count_; ++n) finish(blocks_[n]);
     }
+    fence();
   }
 
  private:
@@ -286,6 +290,20 @@ class Task {
     }
   }
 
+  // What this head, the next one or the next sequence meets after the keys at hand.
+  void look_ahead(int64_t m, int64_t place) {
+    ahead_head_ = kv_head_;
+    if (ahead_.look(unit_.sequence, m, place)) return;
+    if (++ahead_head_ < unit_.last_head) {
+      ahead_.look(unit_.sequence, 0, 0);
+    } else if (next_ >= 0) {
+      ahead_head_ = unit_.first_head;
+      ahead_.look(next_, 0, 0);
+    }
+  }
+  Fetch keys_ahead() const { return ahead_.keys(ahead_head_); }
+  Fetch values_ahead() const { return ahead_.values(ahead_head_); }
+
   void meet_segment(int64_t m) {
     const AttentionSegment& segment = a_.segment[m];
     const int64_t begin = segment.offsets[unit_.sequence], end = segment.offsets[unit_.sequence + 1];
@@ -300,6 +318,7 @@ class Task {
     const int64_t key_stride = segment.key.row_stride, value_stride = segment.value.row_stride;
     const int64_t ahead = end - begin - queries_.count;
     for (int64_t next = 0; keys_.gather(segment, begin, end - begin, next);) {
+      look_ahead(m, next);
       if (a_.key_norm != nullptr) keys_.find_rstd(key, key_stride, a_.width, a_.norm_eps);
       std::memset(shared_.key_sums, 0, sizeof(T) * static_cast<size_t>(keys_.count * widths_.width));
       std::memset(shared_.value_sums, 0, sizeof(T) * static_cast<size_t>(keys_.count * widths_.value_width));
@@ -340,9 +359,9 @@ class Task {
     using Word = typename Dot::Word;
     const int64_t count = keys_.count;
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.key_rows), count, block.packed, block.lanes, widths_.depth,
-                     shared_.scores, keys_.values(a_));
+                     shared_.scores, keys_ahead());
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.value_rows), count, block.packed_grads, block.lanes,
-                     widths_.value_depth, shared_.slopes, {nullptr, 0, 0});
+                     widths_.value_depth, shared_.slopes, values_ahead());
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? differentiate<true>(block, m, lane) : differentiate<false>(block, m, lane);
     }
@@ -434,9 +453,10 @@ class Task {
 
   // The width in lanes: rows [first, first + rows), which all see `count` keys.
   void few(Block<Kind, T>& block, int64_t m, int64_t first, int64_t rows, int64_t count) {
-    few_scores(keys_.few_key_rows, count, block.queries + first * widths_.width, rows, widths_.width, shared_.scores);
+    few_scores(keys_.few_key_rows, count, block.queries + first * widths_.width, rows, widths_.width, shared_.scores,
+               keys_ahead());
     few_scores(keys_.few_value_rows, count, block.grads + first * widths_.value_width, rows, widths_.value_width,
-               shared_.slopes);
+               shared_.slopes, values_ahead());
     const V zero = broadcast(T(0));
     for (int64_t r = 0; r < rows; ++r) {
       const int64_t at = first + r;
@@ -481,10 +501,12 @@ class Task {
   }
 
   // A row of a segment's gradients.
-  void write(void* rows, bool widened, int64_t row, int64_t width, const T* from) const {
+  void write(const SegmentGradients& to, void* rows, int64_t row, int64_t width, const T* from) const {
     const int64_t at = (row * a_.kv_heads + kv_head_) * width;
-    if (widened) {
+    if (to.widened) {
       std::memcpy(static_cast<T*>(rows) + at, from, sizeof(T) * static_cast<size_t>(width));
+    } else if (to.streamed) {
+      stream_row(from, width, static_cast<Raw*>(rows) + at);
     } else {
       write_row(from, width, static_cast<Raw*>(rows) + at);
     }
@@ -495,8 +517,8 @@ class Task {
     std::memset(shared_.key_sums, 0, sizeof(T) * static_cast<size_t>(widths_.width));
     std::memset(shared_.value_sums, 0, sizeof(T) * static_cast<size_t>(widths_.value_width));
     for (int64_t entry = begin; entry < end; ++entry) {
-      if (to.key != nullptr) write(to.key, to.widened, entry - to.first_entry, a_.width, shared_.key_sums);
-      if (to.value != nullptr) write(to.value, to.widened, entry - to.first_entry, a_.value_width, shared_.value_sums);
+      if (to.key != nullptr) write(to, to.key, entry - to.first_entry, a_.width, shared_.key_sums);
+      if (to.value != nullptr) write(to, to.value, entry - to.first_entry, a_.value_width, shared_.value_sums);
     }
   }
 
@@ -505,7 +527,7 @@ class Task {
     for (int64_t j = 0; j < keys_.count; ++j) {
       const int64_t row = begin + keys_.position[j] - to.first_entry;
       if (to.value != nullptr) {
-        write(to.value, to.widened, row, a_.value_width, shared_.value_sums + j * widths_.value_width);
+        write(to, to.value, row, a_.value_width, shared_.value_sums + j * widths_.value_width);
       }
       if (to.key == nullptr && to_.key_norm == nullptr) continue;
       T* const sum = shared_.key_sums + j * widths_.width;
@@ -514,7 +536,7 @@ class Task {
         through_norm(key + keys_.row[j] * stride, static_cast<double>(keys_.rstd[j]), a_.key_norm, sum,
                      to_.key_norm != nullptr ? shared_.norm_sums : nullptr);
       }
-      if (to.key != nullptr) write(to.key, to.widened, row, a_.width, sum);
+      if (to.key != nullptr) write(to, to.key, row, a_.width, sum);
     }
   }
 
@@ -576,7 +598,10 @@ class Task {
   const Widths<Kind> widths_;
   Shared<Kind, T> shared_;
   Keys<Kind, T> keys_;
+  Ahead<Kind, T> ahead_;
   const AttentionUnit& unit_;
+  int64_t next_;  // the sequence whose keys are met after this one's, or −1
+  int64_t ahead_head_ = 0;
   Block<Kind, T>* blocks_;
   Arena arena_;  // for the blocks' own memory
   const Queries queries_;
@@ -593,6 +618,7 @@ int64_t scratch_bytes(const Attention<T>& a, int64_t most_queries) {
     Arena arena{nullptr};
     Shared<Kind, T>(widths, arena);
     Keys<Kind, T>(widths, arena);
+    Ahead<Kind, T>(a, arena);
     const int64_t blocks = most_blocks(a, most_queries);
     arena.take<Block<Kind, T>>(blocks);
     bytes = arena.used + blocks * block_bytes<Kind>(a, widths);
@@ -601,11 +627,11 @@ int64_t scratch_bytes(const Attention<T>& a, int64_t most_queries) {
 }
 
 template <typename T>
-void differentiate(const Attention<T>& a, const AttentionGradients<T>& to, const AttentionUnit& unit, int64_t most_queries,
-                   char* scratch) {
+void differentiate(const Attention<T>& a, const AttentionGradients<T>& to, const AttentionUnit& unit, int64_t next,
+                   int64_t most_queries, char* scratch) {
   with_kind<T>(a.element, [&](auto kind) {
     Arena arena{scratch};
-    Task<decltype(kind), T>(a, to, unit, most_queries, arena).run();
+    Task<decltype(kind), T>(a, to, unit, next, most_queries, arena).run();
   });
 }
 

@@ -46,8 +46,10 @@ Results forward_as(const AttentionArguments& arguments, bool return_mass) {
   for_each_task(
       static_cast<int64_t>(problem.tasks.size()) - 1, [&] { return Buffer<char>(bytes); },
       [&](int64_t task, const Buffer<char>& scratch) {
-        for (int64_t u = problem.tasks[task]; u < problem.tasks[task + 1]; ++u) {
-          kernels_here<AttentionForward<T>>().attend(problem.kernel, to, problem.units[u], scratch.get());
+        const int64_t last = problem.tasks[task + 1];
+        for (int64_t u = problem.tasks[task]; u < last; ++u) {
+          const int64_t next = u + 1 < last ? problem.units[u + 1].sequence : -1;
+          kernels_here<AttentionForward<T>>().attend(problem.kernel, to, problem.units[u], next, scratch.get());
         }
       });
   return {out, lse, mass};

@@ -91,13 +91,15 @@ class Task {
   static constexpr int kLanes = V::kLanes;
 
  public:
-  Task(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, Arena& arena)
+  Task(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, int64_t next, Arena& arena)
       : a_(a),
         to_(to),
         widths_(a, false),
         shared_(widths_, arena),
         keys_(widths_, arena),
+        ahead_(a, arena),
         unit_(unit),
+        next_(next),
         most_blocks_(blocks_at_a_time<Kind>(a, widths_)),
         blocks_(arena.take<Block<Kind, T>>(most_blocks_)),
         arena_(arena),
@@ -141,12 +143,8 @@ class Task {
       const int64_t ahead = end - begin - queries_.count;
       const int64_t seen = segment.causal ? at_most(last + ahead, end - begin) : end - begin;
       for (int64_t next = 0; keys_.gather(segment, begin, seen, next);) {
+        if (!ahead_.look(unit_.sequence, m, next) && next_ >= 0) ahead_.look(next_, 0, 0);
         for (int64_t n = 0; n < count; ++n) {
-          if (n + 1 < count) {
-            keys_.expect(segment, blocks[n + 1].kv_head);
-          } else {
-            keys_.expect(segment, begin, seen, next, blocks[0].kv_head);
-          }
           if (blocks[n].read) meet(blocks[n], segment, segment.causal ? first + ahead : seen, ahead, first);
         }
       }
@@ -288,7 +286,7 @@ class Task {
     const int64_t keys = keys_.count;
     T* const scores = shared_.scores;
     score_block<Dot>(reinterpret_cast<const typename Dot::Word* const*>(keys_.key_rows), keys, block.packed, block.lanes,
-                     widths_.depth, scores, keys_.values(a_));
+                     widths_.depth, scores, ahead_.keys(block.kv_head));
     T grown = 0;
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? weigh<true>(block, keys, lane) : weigh<false>(block, keys, lane);
@@ -300,13 +298,13 @@ class Task {
     if constexpr (Dot::kColumns == 2) {
       if (keys % 2 != 0) keys_.value_rows[keys] = shared_.zeros;
       weigh_value_pairs(shared_.weights, block.rows, keys_.value_rows, (keys + 1) / 2, widths_.value_width, block.out,
-                        keys_.next_keys(a_));
+                        ahead_.values(block.kv_head));
       return;
     }
 #endif
     if constexpr (Dot::kColumns == 1) {
       weigh_values<1, kBlockRows>(scores, block.rows, keys_.value_rows, keys, widths_.value_width, block.out,
-                                  keys_.next_keys(a_));
+                                  ahead_.values(block.kv_head));
     }
   }
 
@@ -381,7 +379,7 @@ class Task {
   void few(Block<Kind, T>& block, int64_t first, int64_t rows, int64_t keys) {
     T* const scores = shared_.scores;
     few_scores(keys_.few_key_rows, keys, block.queries + first * widths_.width, rows, widths_.width, scores,
-               keys_.few_values(a_));
+               ahead_.keys(block.kv_head));
     for (int64_t r = 0; r < rows; ++r) {
       T* const row = scores + r * kBlockKeys;
       const int64_t at = first + r;
@@ -411,7 +409,7 @@ class Task {
     if (!block.fresh) rescale(block, first, first + rows);
     block.fresh = false;
     weigh_values<kBlockKeys, 1>(scores, rows, keys_.few_value_rows, keys, widths_.value_width,
-                                block.out + first * widths_.value_width, keys_.next_keys(a_));
+                                block.out + first * widths_.value_width, ahead_.values(block.kv_head));
   }
 
   // log2 of numbers in [2^-1000, 2^1000], to double precision: 2 atanh((f − 1) / (f + 1)) for the fraction f.
@@ -498,7 +496,9 @@ class Task {
   const Widths<Kind> widths_;
   Shared<Kind, T> shared_;
   Keys<Kind, T> keys_;
+  Ahead<Kind, T> ahead_;
   const AttentionUnit& unit_;
+  int64_t next_;  // the sequence whose keys are met after this one's, or −1
   int64_t most_blocks_;
   Block<Kind, T>* blocks_;
   Arena arena_;  // for the blocks' own memory
@@ -515,6 +515,7 @@ int64_t scratch_bytes(const Attention<T>& a) {
     Arena arena{nullptr};
     Shared<Kind, T>(widths, arena);
     Keys<Kind, T>(widths, arena);
+    Ahead<Kind, T>(a, arena);
     arena.take<Block<Kind, T>>(blocks);
     bytes = arena.used + blocks * block_bytes<Kind>(a, widths);
   });
@@ -522,10 +523,10 @@ int64_t scratch_bytes(const Attention<T>& a) {
 }
 
 template <typename T>
-void attend(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, char* scratch) {
+void attend(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, int64_t next, char* scratch) {
   with_kind<T>(a.element, [&](auto kind) {
     Arena arena{scratch};
-    Task<decltype(kind), T>(a, to, unit, arena).run();
+    Task<decltype(kind), T>(a, to, unit, next, arena).run();
   });
 }
 

@@ -117,6 +117,50 @@ int64_t heads_of_block(const Attention<T>& a, int64_t sequence, int64_t head) {
   return a.group;
 }
 
+// Keys that are met some time after those at hand, in the same sequence or in the next one. While a head meets the keys at
+// hand, that head's part of these rows is asked for: a core alone does not see how rows of one head follow each other.
+template <typename Kind, typename T>
+class Ahead {
+  using Raw = typename Kind::Raw;
+
+ public:
+  Ahead(const Attention<T>& a, Arena& arena)
+      : a_(a), key_(arena.take<const char*>(kBlockKeys)), value_(arena.take<const char*>(kBlockKeys)) {}
+
+  // The keys from place `place` of segment m of a sequence on; false if there are none.
+  bool look(int64_t sequence, int64_t m, int64_t place) {
+    for (count_ = 0; m < a_.segments; ++m, place = 0) {
+      const AttentionSegment& segment = a_.segment[m];
+      const int64_t end = segment.offsets[sequence + 1];
+      for (int64_t e = segment.offsets[sequence] + place; e < end && count_ < kBlockKeys; ++e) {
+        const int64_t row = segment.index != nullptr ? segment.index[e] : e;
+        if (row < 0) continue;
+        key_[count_] = at(segment.key, row);
+        value_[count_++] = at(segment.value, row);
+      }
+      if (count_ == 0) continue;
+      key_step_ = segment.key.head_stride * kBytes;
+      value_step_ = segment.value.head_stride * kBytes;
+      return true;
+    }
+    return false;
+  }
+
+  Fetch keys(int64_t kv_head) const { return {key_, count_, a_.width * kBytes, kv_head * key_step_}; }
+  Fetch values(int64_t kv_head) const { return {value_, count_, a_.value_width * kBytes, kv_head * value_step_}; }
+
+ private:
+  static constexpr int64_t kBytes = static_cast<int64_t>(sizeof(Raw));
+
+  static const char* at(const HeadRows& rows, int64_t row) {
+    return static_cast<const char*>(rows.values) + row * rows.row_stride * kBytes;
+  }
+
+  const Attention<T>& a_;
+  const char **key_, **value_;
+  int64_t count_ = 0, key_step_ = 0, value_step_ = 0;
+};
+
 // Up to kBlockKeys keys of a segment.
 template <typename Kind, typename T>
 struct Keys {
@@ -130,8 +174,6 @@ struct Keys {
   const Staged<Kind>** value_rows;
   const Raw** few_key_rows;
   const Raw** few_value_rows;
-  const char** next;               // [kBlockKeys]: keys that are needed after these
-  int64_t next_count = 0;
 
   Keys(const Widths<Kind>& widths, Arena& arena) {
     row = arena.take<int64_t>(kMoreKeys);
@@ -142,7 +184,6 @@ struct Keys {
     value_rows = arena.take<const Staged<Kind>*>(kMoreKeys);
     few_key_rows = arena.take<const Raw*>(kMoreKeys);
     few_value_rows = arena.take<const Raw*>(kMoreKeys);
-    next = arena.take<const char*>(kBlockKeys);
     keys_ = arena.take<Staged<Kind>>(kMoreKeys * (widths.width + 2));
     values_ = arena.take<Staged<Kind>>(kMoreKeys * widths.value_width);
     few_keys_ = arena.take<Raw>(kMoreKeys * widths.width);
@@ -158,28 +199,6 @@ struct Keys {
       position[count++] = next;
     }
     return count > 0;
-  }
-
-  // Next come the same keys of another head,
-  void expect(const AttentionSegment& segment, int64_t kv_head) {
-    next_count = count;
-    for (int64_t j = 0; j < count; ++j) next[j] = key_at(segment, row[j], kv_head);
-  }
-  // or the next keys of a head.
-  void expect(const AttentionSegment& segment, int64_t begin, int64_t end, int64_t place, int64_t kv_head) {
-    for (next_count = 0; place < end && next_count < kBlockKeys; ++place) {
-      const int64_t found = segment.index != nullptr ? segment.index[begin + place] : begin + place;
-      if (found >= 0) next[next_count++] = key_at(segment, found, kv_head);
-    }
-  }
-  Fetch next_keys(const Attention<T>& a) const {
-    return {next, next_count, a.width * static_cast<int64_t>(sizeof(Raw))};
-  }
-  Fetch values(const Attention<T>& a) const {
-    return {reinterpret_cast<const char* const*>(value_rows), count, a.value_width * static_cast<int64_t>(sizeof(Raw))};
-  }
-  Fetch few_values(const Attention<T>& a) const {
-    return {reinterpret_cast<const char* const*>(few_value_rows), count, a.value_width * static_cast<int64_t>(sizeof(Raw))};
   }
 
   void find_rstd(const Raw* key, int64_t stride, int64_t width, double eps) {
@@ -227,11 +246,6 @@ struct Keys {
   }
 
  private:
-  static const char* key_at(const AttentionSegment& segment, int64_t row, int64_t kv_head) {
-    return reinterpret_cast<const char*>(static_cast<const Raw*>(segment.key.values) + row * segment.key.row_stride +
-                                         kv_head * segment.key.head_stride);
-  }
-
   // Pointers to the rows at hand, or to copies that are padded and of the right type.
   template <typename To>
   void point(const Raw* rows, int64_t stride, int64_t width, int64_t padded, bool in_place, To* copies,

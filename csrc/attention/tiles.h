@@ -72,15 +72,25 @@ __attribute__((noinline)) void score_tile(const typename Dot::Word* const* keys,
   }
 }
 
-// Asks for rows that are needed soon: they are too short for the processor to see how they follow each other.
+// Asks for rows that are needed soon, a few at a time between products: they are too short for the processor to see how they
+// follow each other. Into the second level of cache: rows of one head, a power of two apart, would push each other out of the
+// first.
 struct Fetch {
-  const char* const* rows;
-  int64_t count, bytes;
+  const char* const* rows = nullptr;
+  int64_t count = 0, bytes = 0, offset = 0;
 
   MMREC_INLINE void operator()(int64_t begin, int64_t end) const {
     for (int64_t j = begin; j < (end < count ? end : count); ++j) {
-      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[j] + b, 0, 3);
+      for (int64_t b = 0; b < bytes; b += 64) __builtin_prefetch(rows[j] + offset + b, 0, 2);
     }
+  }
+  // How many rows at a time, if they are asked for in so many steps.
+  int64_t each(int64_t steps) const { return (count + steps - 1) / steps; }
+
+  // Its part n of `parts`.
+  Fetch part(int64_t n, int64_t parts) const {
+    const int64_t first = count * n / parts;
+    return {rows + first, count * (n + 1) / parts - first, bytes, offset};
   }
 };
 
@@ -92,7 +102,7 @@ void score_block(const typename Dot::Word* const* keys, int64_t count, const typ
   for (int64_t lane = 0; lane < lanes; lane += 2 * kLanes) {
     in_parts(count, [&](auto part, int64_t first) __attribute__((always_inline)) {
       constexpr int R = decltype(part)::value;
-      if (lane == 0) fetch(first, first + R);
+      if (lane == 0) fetch(first, first + R < count ? first + R : fetch.count);
       if (lanes - lane > kLanes) {
         score_tile<Dot, R, 2>(keys + first, queries + lane, lanes, depth, scores + first * kBlockRows + lane);
       } else {
@@ -102,30 +112,66 @@ void score_block(const typename Dot::Word* const* keys, int64_t count, const typ
   }
 }
 
-// q_r · k_j for rows of whole vectors; as many rows are fetched.
+// Four keys and R rows: a key is loaded once for all of them.
+template <int R, typename Raw, typename T>
+MMREC_INLINE void few_scores_tile(const Raw* const (&keys)[4], const T* queries, int64_t padded_width, T* scores) {
+  using V = Vec<T>;
+  V sums[R][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[r][i] = broadcast(T(0));
+  }
+  for (int64_t d = 0; d < padded_width; d += V::kLanes) {
+    V k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) k[i] = load(keys[i] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const V q = load(queries + r * padded_width + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[r][i] = fma(k[i], q, sums[r][i]);
+    }
+  }
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores + r * kBlockKeys);
+}
+
+// q_r · k_j for rows of whole vectors.
 template <typename Raw, typename T>
 void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t rows, int64_t padded_width, T* scores,
-                const Fetch& fetch = {nullptr, 0, 0}) {
-  using V = Vec<T>;
+                const Fetch& fetch = {}) {
+#if defined(__AVX512F__)
+  constexpr int64_t kMost = 4;
+#else
+  constexpr int64_t kMost = 2;
+#endif
+  const int64_t each = fetch.each((count + 3) / 4);
   for (int64_t j = 0; j < count; j += 4) {
-    fetch(j, j + 4);
+    fetch(j / 4 * each, (j / 4 + 1) * each);
     const Raw* const four[4] = {keys[j], keys[at_most(j + 1, count - 1)], keys[at_most(j + 2, count - 1)],
                                 keys[at_most(j + 3, count - 1)]};
-    for (int64_t r = 0; r < rows; ++r) {
-      V sums[4];
-      for (V& sum : sums) sum = broadcast(T(0));
-      for (int64_t d = 0; d < padded_width; d += V::kLanes) {
-        const V q = load(queries + r * padded_width + d);
-        for (int i = 0; i < 4; ++i) sums[i] = fma(load(four[i] + d), q, sums[i]);
+    // Six rows are twice three, and five three and two.
+    const int64_t most = rows <= kMost ? rows : at_most((rows + 1) / 2, kMost);
+    for (int64_t r = 0; r < rows; r += most) {
+      const T* const q = queries + r * padded_width;
+      T* const to = scores + r * kBlockKeys + j;
+      switch (at_most(most, rows - r)) {
+        case 1: few_scores_tile<1>(four, q, padded_width, to); break;
+        case 2: few_scores_tile<2>(four, q, padded_width, to); break;
+#if defined(__AVX512F__)
+        case 3: few_scores_tile<3>(four, q, padded_width, to); break;
+        case 4: few_scores_tile<4>(four, q, padded_width, to); break;
+#endif
+        default: break;
       }
-      four_sums(sums[0], sums[1], sums[2], sums[3], scores + r * kBlockKeys + j);
     }
   }
 }
 
 template <typename Step, int R, int NV, int64_t kRowStep, int64_t kKeyStep, typename Raw, typename T>
 __attribute__((noinline)) void value_tile(const T* weights, const Raw* const* values, int64_t column, int64_t count, T* out,
-                                          int64_t stride) {
+                                          int64_t stride, const Fetch& fetch) {
   using V = Vec<T>;
   V sums[R][NV];
 #pragma GCC unroll 12
@@ -133,7 +179,9 @@ __attribute__((noinline)) void value_tile(const T* weights, const Raw* const* va
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) sums[r][v] = load(out + r * stride + v * V::kLanes);
   }
+  const int64_t each = fetch.each(count);
   for (int64_t j = 0; j < count; ++j) {
+    fetch(j * each, (j + 1) * each);
     V x[NV];
 #pragma GCC unroll 2
     for (int v = 0; v < NV; ++v) x[v] = load(values[j] + column + v * V::kLanes);
@@ -154,7 +202,7 @@ __attribute__((noinline)) void value_tile(const T* weights, const Raw* const* va
 // `out` and `weights` have room for one row more than `rows`, if these are more than kFewRows.
 template <int64_t kRowStep, int64_t kKeyStep, typename Step = Multiply, typename Raw, typename T>
 void weigh_values(const T* weights, int64_t rows, const Raw* const* values, int64_t count, int64_t padded_width, T* out,
-                  const Fetch& fetch = {nullptr, 0, 0}) {
+                  const Fetch& fetch = {}) {
   constexpr int64_t kLanes = Vec<T>::kLanes;
   const int64_t tiles = (rows + kGroup - 1) / kGroup * ((padded_width + 2 * kLanes - 1) / (2 * kLanes));
   int64_t tile = 0;
@@ -162,14 +210,13 @@ void weigh_values(const T* weights, int64_t rows, const Raw* const* values, int6
     constexpr int R = decltype(part)::value;
     int64_t column = 0;
     for (; column + 2 * kLanes <= padded_width; column += 2 * kLanes) {
-      fetch(fetch.count * tile / tiles, fetch.count * (tile + 1) / tiles);
-      ++tile;
       value_tile<Step, R, 2, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
-                                           out + first * padded_width + column, padded_width);
+                                           out + first * padded_width + column, padded_width, fetch.part(tile, tiles));
+      ++tile;
     }
     for (; column < padded_width; column += kLanes) {
       value_tile<Step, R, 1, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, count,
-                                           out + first * padded_width + column, padded_width);
+                                           out + first * padded_width + column, padded_width, {});
     }
   });
 }
@@ -187,14 +234,16 @@ MMREC_INLINE void interleave(const BFloat16* a, const BFloat16* b, F32 (&out)[2]
 
 template <int R>
 __attribute__((noinline)) void pair_value_tile(const float* weights, const BFloat16* const* values, int64_t column,
-                                               int64_t pairs, float* out, int64_t stride) {
+                                               int64_t pairs, float* out, int64_t stride, const Fetch& fetch) {
   F32 sums[R][2];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
     sums[r][0] = load(out + r * stride);
     sums[r][1] = load(out + r * stride + F32::kLanes);
   }
+  const int64_t each = fetch.each(pairs);
   for (int64_t j = 0; j < pairs; ++j) {
+    fetch(j * each, (j + 1) * each);
     F32 x[2];
     interleave(values[2 * j] + column, values[2 * j + 1] + column, x);
 #pragma GCC unroll 12
@@ -213,15 +262,14 @@ __attribute__((noinline)) void pair_value_tile(const float* weights, const BFloa
 
 // Weights of two keys a word, [pair of keys][kBlockRows]; `padded_width` is a multiple of 32.
 inline void weigh_value_pairs(const float* weights, int64_t rows, const BFloat16* const* values, int64_t pairs,
-                              int64_t padded_width, float* out, const Fetch& fetch = {nullptr, 0, 0}) {
+                              int64_t padded_width, float* out, const Fetch& fetch = {}) {
   const int64_t tiles = (rows + kGroup - 1) / kGroup * (padded_width / (2 * F32::kLanes));
   int64_t tile = 0;
   in_parts(rows, [&](auto part, int64_t first) __attribute__((always_inline)) {
     for (int64_t column = 0; column < padded_width; column += 2 * F32::kLanes) {
-      fetch(fetch.count * tile / tiles, fetch.count * (tile + 1) / tiles);
-      ++tile;
       pair_value_tile<decltype(part)::value>(weights + first, values, column, pairs, out + first * padded_width + column,
-                                             padded_width);
+                                             padded_width, fetch.part(tile, tiles));
+      ++tile;
     }
   });
 }

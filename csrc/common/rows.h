@@ -19,6 +19,12 @@ double dot_in_double(const A* a, const B* b, int64_t width) {
   return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
+// Whole vectors, past the caches.
+template <typename Raw, typename T>
+void stream_row(const T* row, int64_t width, Raw* out) {
+  for (int64_t d = 0; d < width; d += Vec<T>::kLanes) stream(out + d, load(row + d));
+}
+
 template <typename Raw, typename T>
 void write_row(const T* row, int64_t width, Raw* out) {
   constexpr int kLanes = Vec<T>::kLanes;

@@ -31,6 +31,10 @@ MMREC_INLINE F32 load(const float* p) { return {_mm512_loadu_ps(p)}; }
 MMREC_INLINE F64 load(const double* p) { return {_mm512_loadu_pd(p)}; }
 MMREC_INLINE void store(float* p, F32 a) { _mm512_storeu_ps(p, a.v); }
 MMREC_INLINE void store(double* p, F64 a) { _mm512_storeu_pd(p, a.v); }
+// Past the caches, to addresses that the size of what is stored divides: memory is not read first. Whole lines of 64 bytes, one
+// after the other, and fence() before another thread reads them. Where there is no such store, it is an ordinary one.
+MMREC_INLINE void stream(float* p, F32 a) { _mm512_stream_ps(p, a.v); }
+MMREC_INLINE void stream(double* p, F64 a) { _mm512_stream_pd(p, a.v); }
 MMREC_INLINE F32 broadcast(float a) { return {_mm512_set1_ps(a)}; }
 MMREC_INLINE F64 broadcast(double a) { return {_mm512_set1_pd(a)}; }
 MMREC_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm512_fmadd_ps(a.v, b.v, c.v)}; }
@@ -82,6 +86,8 @@ MMREC_INLINE F32 load(const float* p) { return {_mm256_loadu_ps(p)}; }
 MMREC_INLINE F64 load(const double* p) { return {_mm256_loadu_pd(p)}; }
 MMREC_INLINE void store(float* p, F32 a) { _mm256_storeu_ps(p, a.v); }
 MMREC_INLINE void store(double* p, F64 a) { _mm256_storeu_pd(p, a.v); }
+MMREC_INLINE void stream(float* p, F32 a) { _mm256_stream_ps(p, a.v); }
+MMREC_INLINE void stream(double* p, F64 a) { _mm256_stream_pd(p, a.v); }
 MMREC_INLINE F32 broadcast(float a) { return {_mm256_set1_ps(a)}; }
 MMREC_INLINE F64 broadcast(double a) { return {_mm256_set1_pd(a)}; }
 MMREC_INLINE F32 fma(F32 a, F32 b, F32 c) { return {_mm256_fmadd_ps(a.v, b.v, c.v)}; }
@@ -150,6 +156,8 @@ MMREC_INLINE F32 load(const float* p) { return load_generic<F32>(p); }
 MMREC_INLINE F64 load(const double* p) { return load_generic<F64>(p); }
 MMREC_INLINE void store(float* p, F32 a) { std::memcpy(p, &a.v, sizeof(a.v)); }
 MMREC_INLINE void store(double* p, F64 a) { std::memcpy(p, &a.v, sizeof(a.v)); }
+MMREC_INLINE void stream(float* p, F32 a) { store(p, a); }
+MMREC_INLINE void stream(double* p, F64 a) { store(p, a); }
 MMREC_INLINE F32 broadcast(float a) { return {Float4{a, a, a, a}}; }
 MMREC_INLINE F64 broadcast(double a) { return {Double2{a, a}}; }
 MMREC_INLINE F32 fma(F32 a, F32 b, F32 c) { return {a.v * b.v + c.v}; }
@@ -276,6 +284,21 @@ MMREC_INLINE void store(BFloat16* p, F32 a) {
   for (int i = 0; i < F32::kLanes; ++i) p[i] = narrow(values[i]);
 }
 #endif
+
+#if defined(__AVX512F__)
+MMREC_INLINE void stream(BFloat16* p, F32 a) {
+  alignas(32) BFloat16 rounded[F32::kLanes];
+  store(rounded, a);
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), _mm256_load_si256(reinterpret_cast<const __m256i*>(rounded)));
+}
+#else
+MMREC_INLINE void stream(BFloat16* p, F32 a) { store(p, a); }
+#endif
+MMREC_INLINE void fence() {
+#if defined(__AVX2__) || defined(__AVX512F__)
+  _mm_sfence();
+#endif
+}
 
 // Lanes are folded in halves, an order that is the same for every length.
 template <typename V, typename T, typename Fold>

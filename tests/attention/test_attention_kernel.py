@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from attention_oracle import EVERYTHING, FLAGS, Case, gradients, oracle, upstream
+from attention_oracle import EVERYTHING, FLAGS, Case, gradients, normal, oracle, upstream
 from attention_providers import use_reference
 
 from mmrec_kernels import library
@@ -327,3 +327,25 @@ def test_the_compiled_kernels_serve_where_they_are_built() -> None:
         pytest.skip("_C is not built")
     served = {p.op: p.name for p in library.providers() if p.device == "cpu"}
     assert served["_attention_forward"] == served["_attention_backward"] == "compiled"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("queries", [3, 20])
+def test_gradients_too_large_for_a_cache_are_the_same_bits(dtype: torch.dtype, queries: int) -> None:
+    """From 8 MiB on they are written past the caches; those of a sequence alone are not."""
+    keys = (6 << 20) // (8 * 64 * dtype.itemsize)
+    query, key, value, grad = (
+        normal(2 * n, 8, 64, seed=i, dtype=dtype) for i, n in enumerate((queries, keys, keys, queries))
+    )
+
+    def gradients_of(first: int, last: int) -> tuple[torch.Tensor, ...]:
+        rows, entries = slice(first * queries, last * queries), slice(first * keys, last * keys)
+        leaves = [x.clone().requires_grad_() for x in (query[rows], key[entries], value[entries])]
+        counts = torch.arange(last - first + 1)
+        out = cross_modal_attention(leaves[0], [Segment(leaves[1], leaves[2], counts * keys)], counts * queries)
+        return torch.autograd.grad(out, leaves, grad[rows])
+
+    together = gradients_of(0, 2)
+    assert together[1].nbytes >= 8 << 20 > together[1].nbytes // 2
+    for i, (a, b) in enumerate(zip(gradients_of(0, 1), gradients_of(1, 2), strict=True)):
+        assert torch.equal(together[i], torch.cat([a, b]))
