@@ -1,7 +1,8 @@
 // Attention, the forward: a running softmax over the segments of a sequence.
 //
 // Work: 4 · rows · keys · width flops; every key and value is read once per block of rows, from where it lies. All heads of a
-// block of keys are done before the next block, so that rows are read as they follow each other in memory.
+// block of keys are done before the next block, so that rows are read as they follow each other in memory. Where a KV head has
+// few rows, a block has those of several, as its parts: each is multiplied with its own keys, and the softmax has lanes enough.
 
 #include "keys.h"
 
@@ -15,13 +16,11 @@ constexpr T kNothing = T(-1e30);
 // As many heads at a time as this holds, which the second level of cache does.
 constexpr int64_t kStateBytes = 256 << 10;
 
-// One block of rows: the queries of a sequence and of `heads` query heads from `first_head` on, row = query · heads + head.
 template <typename Kind, typename T>
-struct Block {
+struct Block : Rows {
   using Word = typename Kind::Dot::Word;
-  int64_t kv_head, first_head, heads, rows, lanes;
   T* queries;    // [rows][padded width]
-  Word* packed;  // [depth][lanes], where there are more than kFewRows
+  Word* packed;  // [depth][lanes], where a part has more than kFewRows
   T* out;        // [kMoreRows][padded value width]: sums relative to the highest x so far
   T* factor;     // [kBlockRows], as all of these
   T* rest;       // what factor's rounding left
@@ -34,7 +33,7 @@ struct Block {
   T* sums;       // [segments][kBlockRows]
   T* products;   // [segments][kBlockRows]: of the highest that they are relative to
   T* biases;
-  bool read, has_bias, has_gate;  // of the segment at hand
+  bool has_gate;
   bool fresh;    // nothing is in `out` yet
 };
 
@@ -69,7 +68,7 @@ int64_t blocks_at_a_time(const Attention<T>& a, const Widths<Kind>& widths) {
 // What a task has beside its blocks and keys.
 template <typename Kind, typename T>
 struct Shared {
-  T* scores;              // [kMoreKeys][kBlockRows], or [kFewRows][kBlockKeys]
+  T* scores;              // [kMoreKeys][kBlockRows]
   T* weights;             // pairs of keys
   Staged<Kind>* rounded;  // queries as pairs are made of them
   Staged<Kind>* zeros;    // a row of values
@@ -111,29 +110,38 @@ class Task {
     while (head < last) {
       // Heads whose blocks have the same number of queries.
       const int64_t together = heads_of_block(a_, unit_.sequence, head);
-      int64_t next = head, count = 0;
-      while (next < last && count < most_blocks_ && heads_of_block(a_, unit_.sequence, next) == together) {
-        blocks_[count].kv_head = next / a_.group;
-        blocks_[count].first_head = next;
-        blocks_[count].heads = together;
-        ++count;
-        next += together;
-      }
+      int64_t end = head + together;
+      while (end < last && heads_of_block(a_, unit_.sequence, end) == together) end += together;
       const int64_t step = kBlockRows / together;
       for (int64_t query = unit_.first_row; query < unit_.last_row; query += step) {
-        attend(count, query, at_most(query + step, unit_.last_row));
+        const int64_t stop = at_most(query + step, unit_.last_row), rows = (stop - query) * together;
+        const int64_t parts = rows <= kFewRows ? kBlockRows / rows : 1;
+        for (int64_t from = head; from < end;) {
+          int64_t count = 0;
+          for (; from < end && count < most_blocks_; ++count) {
+            Block<Kind, T>& block = blocks_[count];
+            block.first = query;
+            block.first_head = from;
+            block.heads = together;
+            block.parts = at_most(parts, (end - from) / together);
+            block.part_rows = rows;
+            from += block.parts * together;
+          }
+          attend(count, stop);
+        }
       }
-      head = next;
+      head = end;
     }
   }
 
  private:
-  void attend(int64_t count, int64_t first, int64_t last) {
+  // Blocks of the queries before `last`.
+  void attend(int64_t count, int64_t last) {
     Block<Kind, T>* const blocks = blocks_;
     Arena arena = arena_;
     for (int64_t n = 0; n < count; ++n) {
       take(blocks[n], a_, widths_, arena);
-      start(blocks[n], first, last);
+      start(blocks[n]);
     }
     for (int64_t m = 0; m < a_.segments; ++m) {
       const AttentionSegment& segment = a_.segment[m];
@@ -145,7 +153,7 @@ class Task {
       for (int64_t next = 0; keys_.gather(segment, begin, seen, next);) {
         if (!ahead_.look(unit_.sequence, m, next) && next_ >= 0) ahead_.look(next_, 0, 0);
         for (int64_t n = 0; n < count; ++n) {
-          if (blocks[n].read) meet(blocks[n], segment, segment.causal ? first + ahead : seen, ahead, first);
+          if (blocks[n].read != 0) meet(blocks[n], segment, segment.causal ? blocks[n].first + ahead : seen, ahead);
         }
       }
       for (int64_t n = 0; n < count; ++n) {
@@ -154,30 +162,36 @@ class Task {
         std::memcpy(blocks[n].biases + m * kBlockRows, blocks[n].bias_of_highest, sizeof(T) * kBlockRows);
       }
     }
-    for (int64_t n = 0; n < count; ++n) finish(blocks[n], first);
+    for (int64_t n = 0; n < count; ++n) finish(blocks[n]);
   }
 
-  void start(Block<Kind, T>& block, int64_t first, int64_t last) {
-    block.rows = (last - first) * block.heads;
+  void start(Block<Kind, T>& block) {
+    block.rows = block.parts * block.part_rows;
     block.lanes = round_up(block.rows, kLanes);
     block.fresh = true;
-    std::memset(block.out, 0, sizeof(T) * static_cast<size_t>(kMoreRows * widths_.value_width));
+    block.has_gate = a_.value_gate.values != nullptr;
+    std::memset(block.out, 0, sizeof(T) * static_cast<size_t>((block.rows + 1) * widths_.value_width));
     const auto* const queries = static_cast<const Raw*>(a_.query.values);
     // Factors are not negative, so that the highest product is the highest score of its segment.
-    const double scale = a_.scale < 0 ? -a_.scale : a_.scale;
-    for (int64_t r = 0; r < kBlockRows; ++r) {
-      set_factor(block, r, scale * kLog2E);
-      block.bias_of_highest[r] = kNothing<T>;
-      block.product[r] = block.bias[r] = T(0);
-      block.gate[r] = T(1);
+    const double scale = a_.scale < 0 ? -a_.scale : a_.scale, factor = scale * kLog2E;
+    const T rounded = static_cast<T>(factor), rest = static_cast<T>(factor - static_cast<double>(rounded));
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+      store(block.factor + lane, broadcast(rounded));
+      store(block.rest + lane, broadcast(rest));
+      store(block.bias_of_highest + lane, broadcast(kNothing<T>));
+      store(block.product + lane, broadcast(T(0)));
+      store(block.bias + lane, broadcast(T(0)));
+      store(block.gate + lane, broadcast(T(1)));
     }
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const Raw* const query = queries + (queries_.first + first + r / block.heads) * a_.query.row_stride +
-                               (block.first_head + r % block.heads) * a_.query.head_stride;
+    block.for_each([&](int64_t r, int64_t i, int64_t head) __attribute__((always_inline)) {
+      const Raw* const query =
+          queries + (queries_.first + i) * a_.query.row_stride + head * a_.query.head_stride;
       T* const to = block.queries + r * widths_.width;
       stage(query, a_.width, widths_.width, to);
       if (a_.query_norm != nullptr) {
-        set_factor(block, r, scale * kLog2E * rstd_of(query, a_.width, a_.norm_eps));
+        const double own = factor * rstd_of(query, a_.width, a_.norm_eps);
+        block.factor[r] = static_cast<T>(own);
+        block.rest[r] = static_cast<T>(own - static_cast<double>(block.factor[r]));
         for (int64_t d = 0; d < a_.width; ++d) to[d] *= a_.query_norm[d];
       }
       if (a_.key_norm != nullptr) {
@@ -186,8 +200,8 @@ class Task {
       if (a_.scale < 0) {
         for (int64_t d = 0; d < a_.width; ++d) to[d] = -to[d];
       }
-    }
-    if (block.rows <= kFewRows) return;
+    });
+    if (block.few()) return;
     if constexpr (Dot::kColumns == 2) {
       for (int64_t r = 0; r < block.rows; ++r) {
         stage(block.queries + r * widths_.width, widths_.width, widths_.width, shared_.rounded + r * widths_.width);
@@ -196,11 +210,6 @@ class Task {
     } else {
       pack_lanes<Dot>(block.queries, widths_.width, block.rows, a_.width, block.lanes, block.packed);
     }
-  }
-
-  static void set_factor(Block<Kind, T>& block, int64_t r, double factor) {
-    block.factor[r] = static_cast<T>(factor);
-    block.rest[r] = static_cast<T>(factor - static_cast<double>(block.factor[r]));
   }
 
   // 2^(x − x') from products s, s' and the difference of biases: neither x is rounded at its own size. 0 where that would not
@@ -224,41 +233,37 @@ class Task {
     return by;
   }
 
+  int64_t kv_head_of(const Block<Kind, T>& block, int64_t part) const {
+    return (block.first_head + part * block.heads) / a_.group;
+  }
+
   void start_segment(Block<Kind, T>& block, int64_t m) {
-    std::memset(block.sum, 0, sizeof(T) * kBlockRows);
-    block.read = !is_removed(a_, unit_.sequence, block.first_head, m);
-    block.has_bias = a_.log_bias.values != nullptr;
-    block.has_gate = a_.value_gate.values != nullptr;
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t head = block.first_head + r % block.heads;
-      if (block.has_bias) block.bias[r] = a_.log_bias.at(unit_.sequence, head, m);
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) store(block.sum + lane, broadcast(T(0)));
+    block.find_read(a_, unit_.sequence, m);
+    if (a_.log_bias.values == nullptr && !block.has_gate) return;
+    block.for_each([&](int64_t r, int64_t, int64_t head) __attribute__((always_inline)) {
+      if (a_.log_bias.values != nullptr) block.bias[r] = a_.log_bias.at(unit_.sequence, head, m);
       if (block.has_gate) block.gate[r] = a_.value_gate.at(unit_.sequence, head, m);
-    }
+    });
   }
 
   // The keys at hand, of which every row sees those up to place `all_see`, and query i those up to i + ahead.
-  void meet(Block<Kind, T>& block, const AttentionSegment& segment, int64_t all_see, int64_t ahead, int64_t first) {
-    const auto* const key = static_cast<const Raw*>(segment.key.values) + block.kv_head * segment.key.head_stride;
-    const auto* const value = static_cast<const Raw*>(segment.value.values) + block.kv_head * segment.value.head_stride;
-    const int64_t key_stride = segment.key.row_stride, value_stride = segment.value.row_stride;
+  void meet(Block<Kind, T>& block, const AttentionSegment& segment, int64_t all_see, int64_t ahead) {
     const bool everyone = keys_.position[keys_.count - 1] <= all_see;
-    if (a_.key_norm != nullptr) keys_.find_rstd(key, key_stride, a_.width, a_.norm_eps);
-    if (block.rows > kFewRows) {
-      keys_.point_at_keys(key, key_stride, a_, widths_);
-      const bool clean = everyone || keys_.is_finite(value, value_stride, a_.value_width);
-      Staged<Kind>* const copies = keys_.point_at_values(value, value_stride, a_, widths_, !clean);
-      if (!everyone) keys_.find_limits(block.rows, block.heads, first, ahead);
-      if (clean) return many(block, everyone);
-      keep_finite(copies);
-      many(block, everyone);
-      return add_infinite(block, value, value_stride);
-    }
-    keys_.point_at_few(key, key_stride, value, value_stride, a_, widths_);
-    if (everyone) return few(block, 0, block.rows, keys_.count);
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t seen = keys_.seen_up_to(first + r / block.heads + ahead);
-      if (seen > 0) few(block, r, 1, seen);
-    }
+    if (!everyone || !block.reads_all()) keys_.find_limits(block, everyone, ahead);
+    if (block.few()) return few(block, segment, everyone);
+    const int64_t kv_head = kv_head_of(block, 0);
+    const auto* const key = static_cast<const Raw*>(segment.key.values) + kv_head * segment.key.head_stride;
+    const auto* const value = static_cast<const Raw*>(segment.value.values) + kv_head * segment.value.head_stride;
+    const int64_t value_stride = segment.value.row_stride;
+    if (a_.key_norm != nullptr) keys_.find_rstd(key, segment.key.row_stride, a_.width, a_.norm_eps);
+    keys_.point_at_keys(key, segment.key.row_stride, a_, widths_);
+    const bool clean = everyone || keys_.is_finite(value, value_stride, a_.value_width);
+    Staged<Kind>* const copies = keys_.point_at_values(value, value_stride, a_, widths_, !clean);
+    if (clean) return many(block, kv_head, everyone);
+    keep_finite(copies);
+    many(block, kv_head, everyone);
+    add_infinite(block, value, value_stride);
   }
 
   // Weights of what a row does not see are 0, and 0 · NaN must not reach it. So infinite numbers and NaN leave the products, and
@@ -282,34 +287,31 @@ class Task {
   }
 
   // Rows in lanes.
-  void many(Block<Kind, T>& block, bool everyone) {
+  void many(Block<Kind, T>& block, int64_t kv_head, bool everyone) {
     const int64_t keys = keys_.count;
     T* const scores = shared_.scores;
     score_block<Dot>(reinterpret_cast<const typename Dot::Word* const*>(keys_.key_rows), keys, block.packed, block.lanes,
-                     widths_.depth, scores, ahead_.keys(block.kv_head));
-    T grown = 0;
+                     widths_.depth, scores, ahead_.keys(kv_head));
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
-      everyone ? weigh<true>(block, keys, lane) : weigh<false>(block, keys, lane);
+      everyone ? weigh<true, Dot::kColumns == 2>(block, keys, lane) : weigh<false, Dot::kColumns == 2>(block, keys, lane);
     }
-    for (int64_t r = 0; r < block.rows; ++r) grown += block.scaled[r] == T(1) ? T(0) : T(1);
-    if (grown != T(0) && !block.fresh) rescale(block, 0, block.rows);
-    block.fresh = false;
+    rescale(block);
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kColumns == 2) {
       if (keys % 2 != 0) keys_.value_rows[keys] = shared_.zeros;
       weigh_value_pairs(shared_.weights, block.rows, keys_.value_rows, (keys + 1) / 2, widths_.value_width, block.out,
-                        ahead_.values(block.kv_head));
+                        ahead_.values(kv_head));
       return;
     }
 #endif
     if constexpr (Dot::kColumns == 1) {
       weigh_values<1, kBlockRows>(scores, block.rows, keys_.value_rows, keys, widths_.value_width, block.out,
-                                  ahead_.values(block.kv_head));
+                                  ahead_.values(kv_head));
     }
   }
 
-  // From scores to weights, in the lanes from `lane` on.
-  template <bool everyone>
+  // From scores to weights, in the lanes from `lane` on; as pairs of keys in `weights`.
+  template <bool everyone, bool pairs>
   void weigh(Block<Kind, T>& block, int64_t keys, int64_t lane) {
     T* const scores = shared_.scores + lane;
     const V none = broadcast(-static_cast<T>(__builtin_huge_val())), zero = broadcast(T(0));
@@ -318,7 +320,7 @@ class Task {
     V highest = none;
     for (int64_t j = 0; j < keys; ++j) {
       V s = load(scores + j * kBlockRows);
-      if (a_.key_norm != nullptr) {
+      if (a_.key_norm != nullptr && !block.few()) {
         s = mul(s, broadcast(keys_.rstd[j]));
         store(scores + j * kBlockRows, s);
       }
@@ -338,7 +340,7 @@ class Task {
       if constexpr (!everyone) w = select(seen(j), w, zero);  // whatever the gate
       return w;
     };
-    if constexpr (Dot::kColumns == 1) {
+    if constexpr (!pairs) {
       for (int64_t j = 0; j < keys; ++j) store(scores + j * kBlockRows, weight(j));
     } else {
 #if defined(__AVX512BF16__)
@@ -353,63 +355,66 @@ class Task {
     store(block.sum + lane, sum);
   }
 
-  void rescale(Block<Kind, T>& block, int64_t begin, int64_t end) {
-    for (int64_t r = begin; r < end; ++r) {
-      if (block.scaled[r] == T(1)) continue;
-      const V by = broadcast(block.scaled[r]);
-      T* const out = block.out + r * widths_.value_width;
-      for (int64_t d = 0; d < widths_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
-    }
-  }
-
-  // `raise` of one row.
-  static void raise_row(Block<Kind, T>& block, int64_t r, T product) {
-    block.scaled[r] = T(1);
-    if (!((product - block.product[r]) * block.factor[r] + (block.bias[r] - block.bias_of_highest[r]) > T(0))) return;
-    T lanes[kLanes];
-    store(lanes, power(broadcast(block.product[r]), broadcast(product), broadcast(block.factor[r]),
-                       broadcast(block.bias_of_highest[r] - block.bias[r])));
-    block.scaled[r] = lanes[0];
-    block.sum[r] *= lanes[0];
-    block.product[r] = product;
-    block.bias_of_highest[r] = block.bias[r];
-  }
-
-  // The width in lanes: rows [first, first + rows), which all see `keys` keys.
-  void few(Block<Kind, T>& block, int64_t first, int64_t rows, int64_t keys) {
-    T* const scores = shared_.scores;
-    few_scores(keys_.few_key_rows, keys, block.queries + first * widths_.width, rows, widths_.width, scores,
-               ahead_.keys(block.kv_head));
-    for (int64_t r = 0; r < rows; ++r) {
-      T* const row = scores + r * kBlockKeys;
-      const int64_t at = first + r;
-      const V none = broadcast(-static_cast<T>(__builtin_huge_val())), zero = broadcast(T(0));
-      for (int64_t j = keys; j < round_up(keys, kLanes); ++j) row[j] = T(0);
-      V top = none;
-      for (int64_t j = 0; j < keys; j += kLanes) {
-        V s = load(row + j);
-        if (a_.key_norm != nullptr) {
-          s = mul(s, load(keys_.rstd + j));
-          store(row + j, s);
-        }
-        top = max(select(lanes_before<kLanes>(keys - j), s, none), top);
+  // To the highest scores so far.
+  void rescale(Block<Kind, T>& block) {
+    const V one = broadcast(T(1));
+    for (int64_t lane = 0; !block.fresh && lane < block.lanes; lane += kLanes) {
+      uint32_t less = greater(one, load(block.scaled + lane));
+      for (int64_t r = lane; r < block.rows && less != 0; ++r, less >>= 1) {
+        if ((less & 1) == 0) continue;
+        const V by = broadcast(block.scaled[r]);
+        T* const out = block.out + r * widths_.value_width;
+        for (int64_t d = 0; d < widths_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
       }
-      raise_row(block, at, reduce_max(top));
-      const V factor = broadcast(block.factor[at]), product = broadcast(block.product[at]);
-      const V bias = broadcast(block.bias[at] - block.bias_of_highest[at]);
-      V sum = zero;
-      for (int64_t j = 0; j < keys; j += kLanes) {
-        V w = select(lanes_before<kLanes>(keys - j), power(load(row + j), product, factor, bias), zero);
-        sum = add(sum, w);
-        if (block.has_gate) w = mul(w, broadcast(block.gate[at]));
-        store(row + j, w);
-      }
-      block.sum[at] += reduce_add(sum);
     }
-    if (!block.fresh) rescale(block, first, first + rows);
     block.fresh = false;
-    weigh_values<kBlockKeys, 1>(scores, rows, keys_.few_value_rows, keys, widths_.value_width,
-                                block.out + first * widths_.value_width, ahead_.values(block.kv_head));
+  }
+
+  // The width in lanes of products, part by part. A part that does not read the keys sees none of them.
+  void few(Block<Kind, T>& block, const AttentionSegment& segment, bool everyone) {
+    const int64_t keys = keys_.count, rows = block.part_rows;
+    T* const scores = shared_.scores;
+    for (int64_t part = 0; part < block.parts; ++part) {
+      if (!block.reads(part)) continue;
+      const int64_t kv_head = point_at_few(block, segment, part);
+      few_scores(keys_.few_key_rows, keys, block.queries + part * rows * widths_.width, rows, widths_.width,
+                 scores + part * rows, ahead_.keys(kv_head));
+      if (a_.key_norm == nullptr) continue;
+      keys_.find_rstd(static_cast<const Raw*>(segment.key.values) + kv_head * segment.key.head_stride, segment.key.row_stride,
+                      a_.width, a_.norm_eps);
+      for (int64_t j = 0; j < keys; ++j) {
+        for (int64_t r = part * rows; r < (part + 1) * rows; ++r) scores[j * kBlockRows + r] *= keys_.rstd[j];
+      }
+    }
+    const bool all = everyone && block.reads_all();
+    for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
+      all ? weigh<true, false>(block, keys, lane) : weigh<false, false>(block, keys, lane);
+    }
+    rescale(block);
+    for (int64_t part = 0; part < block.parts; ++part) {
+      if (!block.reads(part)) continue;
+      const Fetch ahead = ahead_.values(point_at_few(block, segment, part));
+      T* const out = block.out + part * rows * widths_.value_width;
+      if (everyone) {
+        weigh_values<1, kBlockRows>(scores + part * rows, rows, keys_.few_value_rows, keys, widths_.value_width, out, ahead);
+        continue;
+      }
+      for (int64_t r = 0; r < rows; ++r) {  // what a row does not see may be NaN
+        const auto seen = static_cast<int64_t>(keys_.limit[part * rows + r]);
+        if (seen == 0) continue;
+        weigh_values<1, kBlockRows>(scores + part * rows + r, 1, keys_.few_value_rows, seen, widths_.value_width,
+                                    out + r * widths_.value_width, ahead.part(r, rows));
+      }
+    }
+  }
+
+  // Returns the part's KV head.
+  int64_t point_at_few(const Block<Kind, T>& block, const AttentionSegment& segment, int64_t part) {
+    const int64_t kv_head = kv_head_of(block, part);
+    keys_.point_at_few(static_cast<const Raw*>(segment.key.values) + kv_head * segment.key.head_stride, segment.key.row_stride,
+                       static_cast<const Raw*>(segment.value.values) + kv_head * segment.value.head_stride,
+                       segment.value.row_stride, a_, widths_);
+    return kv_head;
   }
 
   // log2 of numbers in [2^-1000, 2^1000], to double precision: 2 atanh((f − 1) / (f + 1)) for the fraction f.
@@ -427,10 +432,15 @@ class Task {
     return static_cast<double>(exponent) + 2 * kLog2E * z * series;
   }
 
-  void finish(Block<Kind, T>& block, int64_t first) {
+  void finish(Block<Kind, T>& block) {
     const int64_t heads = a_.kv_heads * a_.group;
     T factors[kBlockRows], totals[kBlockRows];
     const V zero = broadcast(T(0));
+    if (a_.sink != nullptr) {
+      // A sink is a bias without a product. What was summed is relative to it where it is highest.
+      block.for_each([&](int64_t r, int64_t, int64_t head) { block.bias[r] = sink_of(head); });
+      for (int64_t r = block.rows; r < block.lanes; ++r) block.bias[r] = kNothing<T>;
+    }
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       // A query that met no key may hold anything.
       const uint32_t met = greater(load(block.bias_of_highest + lane), broadcast(kNothing<T>));
@@ -439,8 +449,6 @@ class Task {
       V total = zero;
       store(factors + lane, broadcast(T(1)));
       if (a_.sink != nullptr) {
-        // A sink is a bias without a product. What was summed is relative to it where it is highest.
-        for (int l = 0; l < kLanes; ++l) block.bias[lane + l] = lane + l < block.rows ? sink_of(block, lane + l) : kNothing<T>;
         store(factors + lane, raise(block, lane, zero));
         const V sink = load(block.bias + lane);
         total = power(zero, load(block.product + lane), factor, sub(sink, load(block.bias_of_highest + lane)));
@@ -458,23 +466,18 @@ class Task {
       }
       store(totals + lane, total);
     }
-    for (int64_t r = 0; r < block.rows; ++r) {
-      const int64_t head = block.first_head + r % block.heads;
-      const int64_t at = (queries_.first_result + first + r / block.heads) * heads + head;
+    block.for_each([&](int64_t r, int64_t i, int64_t head) __attribute__((always_inline)) {
+      const int64_t at = (queries_.first_result + i) * heads + head;
       const bool nothing = totals[r] == T(0);
       const T inverse = nothing ? T(0) : T(1) / totals[r];
-      T* const out = block.out + r * widths_.value_width;
-      const V by = broadcast(factors[r] * inverse);
-      for (int64_t d = 0; d < widths_.value_width; d += kLanes) store(out + d, mul(load(out + d), by));
-      write_row(out, a_.value_width, static_cast<Raw*>(to_.out) + at * a_.value_width);
-      if (to_.mass != nullptr) {
-        for (int64_t m = 0; m < a_.segments; ++m) {
-          const T share = block.sums[m * kBlockRows + r];
-          to_.mass[at * a_.segments + m] = share == T(0) ? T(0) : share * inverse;
-        }
-      }
+      write_row(block.out + r * widths_.value_width, factors[r] * inverse, a_.value_width,
+                static_cast<Raw*>(to_.out) + at * a_.value_width);
       bool keys = false;
-      for (int64_t m = 0; m < a_.segments; ++m) keys |= !(block.sums[m * kBlockRows + r] == T(0));
+      for (int64_t m = 0; m < a_.segments; ++m) {
+        const T share = block.sums[m * kBlockRows + r];
+        keys |= !(share == T(0));
+        if (to_.mass != nullptr) to_.mass[at * a_.segments + m] = share == T(0) ? T(0) : share * inverse;
+      }
       if (nothing || !keys) {
         to_.lse[at] = nothing ? -__builtin_huge_val() : static_cast<double>(a_.sink[head]);
       } else {
@@ -482,11 +485,11 @@ class Task {
         const double highest = static_cast<double>(block.product[r]) * exact + static_cast<double>(block.bias_of_highest[r]);
         to_.lse[at] = (highest + log2_of(static_cast<double>(totals[r]))) * kLn2;
       }
-    }
+    });
   }
 
-  T sink_of(const Block<Kind, T>& block, int64_t r) const {
-    const double sink = static_cast<double>(a_.sink[block.first_head + r % block.heads]) * kLog2E;
+  T sink_of(int64_t head) const {
+    const double sink = static_cast<double>(a_.sink[head]) * kLog2E;
     if (sink == -__builtin_huge_val()) return kNothing<T>;
     return static_cast<T>(sink < -kMostBias ? -kMostBias : sink);
   }

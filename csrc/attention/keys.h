@@ -71,8 +71,13 @@ MMREC_INLINE To converted(From x) {
 // Rows of `width` elements to rows of `padded` ones, the rest zero.
 template <typename To, typename From>
 void stage(const From* from, int64_t width, int64_t padded, To* to) {
-  for (int64_t d = 0; d < width; ++d) to[d] = converted<To>(from[d]);
-  for (int64_t d = width; d < padded; ++d) to[d] = To{};
+  int64_t d = 0;
+  if constexpr (requires { store(to, load(from)); } && !(std::is_same_v<To, From> && sizeof(To) == 2)) {
+    using V = decltype(load(from));
+    for (; d + V::kLanes <= width; d += V::kLanes) store(to + d, load(from + d));
+  }
+  for (; d < width; ++d) to[d] = converted<To>(from[d]);
+  for (; d < padded; ++d) to[d] = To{};
 }
 
 template <typename Raw>
@@ -116,6 +121,37 @@ int64_t heads_of_block(const Attention<T>& a, int64_t sequence, int64_t head) {
   }
   return a.group;
 }
+
+// Rows that are multiplied together: per part the queries of a sequence from `first` on and of `heads` query heads that share a KV
+// head, row = query · heads + head; part p begins at head first_head + p · heads. Several parts where a KV head has few rows.
+struct Rows {
+  int64_t first, first_head, heads, parts, part_rows, rows, lanes;
+  uint32_t read;  // of the segment at hand: bit p is set where no bias removes it from part p
+
+  bool few() const { return part_rows <= kFewRows; }
+  bool reads(int64_t part) const { return (read >> part & 1) != 0; }
+  bool reads_all() const { return read == all_parts(); }
+  uint32_t all_parts() const { return static_cast<uint32_t>((uint64_t{1} << parts) - 1); }
+
+  template <typename T>
+  void find_read(const Attention<T>& a, int64_t sequence, int64_t m) {
+    read = all_parts();
+    for (int64_t part = 0; part < parts; ++part) {
+      if (is_removed(a, sequence, first_head + part * heads, m)) read &= ~(uint32_t{1} << part);
+    }
+  }
+
+  // Calls run(row, query, head) for all of them.
+  template <typename Run>
+  MMREC_INLINE void for_each(const Run& run) const {
+    int64_t r = 0;
+    for (int64_t part = 0; part < parts; ++part) {
+      for (int64_t query = 0; query * heads < part_rows; ++query) {
+        for (int64_t h = 0; h < heads; ++h) run(r++, first + query, first_head + part * heads + h);
+      }
+    }
+  }
+};
 
 // Keys that are met some time after those at hand, in the same sequence or in the next one. While a head meets the keys at
 // hand, that head's part of these rows is asked for: a core alone does not see how rows of one head follow each other.
@@ -214,12 +250,18 @@ struct Keys {
     return from;
   }
 
-  // Query i sees the places up to i + ahead.
-  void find_limits(int64_t rows, int64_t heads, int64_t first, int64_t ahead) {
-    for (int64_t r = 0, seen = 0; r < rows; ++r) {
-      seen = seen_up_to(first + r / heads + ahead, seen);
-      limit[r] = static_cast<T>(seen);
-    }
+  // Query i sees the places up to i + ahead; a part that does not read the segment sees none, and `everyone` else sees all.
+  void find_limits(const Rows& rows, bool everyone, int64_t ahead) {
+    int64_t part = 0, left = rows.part_rows, seen = everyone ? count : 0;
+    rows.for_each([&](int64_t r, int64_t query, int64_t) {
+      if (left-- == 0) {
+        ++part;
+        left = rows.part_rows - 1;
+        seen = everyone ? count : 0;
+      }
+      if (!everyone) seen = seen_up_to(query + ahead, seen);
+      limit[r] = rows.reads(part) ? static_cast<T>(seen) : T(0);
+    });
   }
 
   void point_at_keys(const Raw* key, int64_t stride, const Attention<T>& a, const Widths<Kind>& w) {

@@ -3,7 +3,7 @@
 //
 // score_block: scores [key][kBlockRows], rows in lanes. The queries are packed [word of width][lanes]; a key's words are
 //     broadcast. Per word: NV loads of queries and R broadcasts for R · NV multiply-adds.
-// few_scores: scores [row][kBlockKeys] of up to kFewRows rows, the width in lanes.
+// few_scores: scores [key][kBlockRows] of up to kFewRows rows, the width in lanes.
 // weigh_values: out [row][width] += Σ_j weight_rj · v_j, the width in lanes, R rows at a time: per key NV loads and R
 //     broadcasts for R · NV multiply-adds. With pairs two keys share a step.
 #pragma once
@@ -133,11 +133,10 @@ MMREC_INLINE void few_scores_tile(const Raw* const (&keys)[4], const T* queries,
       for (int i = 0; i < 4; ++i) sums[r][i] = fma(k[i], q, sums[r][i]);
     }
   }
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) four_sums(sums[r][0], sums[r][1], sums[r][2], sums[r][3], scores + r * kBlockKeys);
+  transposed_sums<R>(sums, scores, kBlockRows);
 }
 
-// q_r · k_j for rows of whole vectors.
+// q_r · k_j for rows of whole vectors; `scores` has three keys more than `count`.
 template <typename Raw, typename T>
 void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t rows, int64_t padded_width, T* scores,
                 const Fetch& fetch = {}) {
@@ -155,7 +154,7 @@ void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t
     const int64_t most = rows <= kMost ? rows : at_most((rows + 1) / 2, kMost);
     for (int64_t r = 0; r < rows; r += most) {
       const T* const q = queries + r * padded_width;
-      T* const to = scores + r * kBlockKeys + j;
+      T* const to = scores + j * kBlockRows + r;
       switch (at_most(most, rows - r)) {
         case 1: few_scores_tile<1>(four, q, padded_width, to); break;
         case 2: few_scores_tile<2>(four, q, padded_width, to); break;

@@ -19,22 +19,23 @@ double dot_in_double(const A* a, const B* b, int64_t width) {
   return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-// Whole vectors, past the caches.
+// factor · row in whole vectors, past the caches.
 template <typename Raw, typename T>
-void stream_row(const T* row, int64_t width, Raw* out) {
-  for (int64_t d = 0; d < width; d += Vec<T>::kLanes) stream(out + d, load(row + d));
+void stream_row(const T* row, T factor, int64_t width, Raw* out) {
+  for (int64_t d = 0; d < width; d += Vec<T>::kLanes) stream(out + d, mul(load(row + d), broadcast(factor)));
 }
 
+// factor · row.
 template <typename Raw, typename T>
-void write_row(const T* row, int64_t width, Raw* out) {
+void write_row(const T* row, T factor, int64_t width, Raw* out) {
   constexpr int kLanes = Vec<T>::kLanes;
   int64_t d = 0;
-  for (; d + kLanes <= width; d += kLanes) store(out + d, load(row + d));
+  for (; d + kLanes <= width; d += kLanes) store(out + d, mul(load(row + d), broadcast(factor)));
   for (; d < width; ++d) {
     if constexpr (sizeof(Raw) == 2) {
-      out[d] = narrow(row[d]);
+      out[d] = narrow(factor * row[d]);
     } else {
-      out[d] = row[d];
+      out[d] = factor * row[d];
     }
   }
 }

@@ -300,31 +300,78 @@ MMREC_INLINE void fence() {
 #endif
 }
 
-// Lanes are folded in halves, an order that is the same for every length.
-template <typename V, typename T, typename Fold>
-MMREC_INLINE T fold(V a, T*, const Fold& two) {
-  T lanes[V::kLanes];
-  store(lanes, a);
-  for (int half = V::kLanes / 2; half > 0; half /= 2) {
-    for (int i = 0; i < half; ++i) lanes[i] = two(lanes[i], lanes[i + half]);
-  }
-  return lanes[0];
+// Lanes are folded in halves, lane i with lane i + half: an order that is the same for every length.
+#if defined(__AVX512F__)
+MMREC_INLINE __m256 halves(F32 a, __m256& upper) {
+  upper = _mm512_extractf32x8_ps(a.v, 1);
+  return _mm512_castps512_ps256(a.v);
 }
+MMREC_INLINE __m256d halves(F64 a, __m256d& upper) {
+  upper = _mm512_extractf64x4_pd(a.v, 1);
+  return _mm512_castpd512_pd256(a.v);
+}
+#endif
+#if defined(__AVX2__)
+#define MMREC_FOLD(name, operation)                                                                \
+  MMREC_INLINE float name(__m256 a) {                                                              \
+    const __m128 four = _mm_##operation##_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1)); \
+    const __m128 two = _mm_##operation##_ps(four, _mm_movehl_ps(four, four));                      \
+    return _mm_cvtss_f32(_mm_##operation##_ps(two, _mm_movehdup_ps(two)));                         \
+  }                                                                                                \
+  MMREC_INLINE double name(__m256d a) {                                                            \
+    const __m128d two = _mm_##operation##_pd(_mm256_castpd256_pd128(a), _mm256_extractf128_pd(a, 1)); \
+    return _mm_cvtsd_f64(_mm_##operation##_pd(two, _mm_unpackhi_pd(two, two)));                    \
+  }
+MMREC_FOLD(fold_add, add)
+MMREC_FOLD(fold_max, max)
+#undef MMREC_FOLD
+#if defined(__AVX512F__)
 MMREC_INLINE float reduce_add(F32 a) {
-  return fold(a, static_cast<float*>(nullptr), [](float x, float y) { return x + y; });
+  __m256 upper;
+  const __m256 lower = halves(a, upper);
+  return fold_add(_mm256_add_ps(lower, upper));
 }
 MMREC_INLINE double reduce_add(F64 a) {
-  return fold(a, static_cast<double*>(nullptr), [](double x, double y) { return x + y; });
+  __m256d upper;
+  const __m256d lower = halves(a, upper);
+  return fold_add(_mm256_add_pd(lower, upper));
 }
-// The sums of the lanes of four vectors, to four places.
-MMREC_INLINE void four_sums(F64 a, F64 b, F64 c, F64 d, double* out) {
-  out[0] = reduce_add(a);
-  out[1] = reduce_add(b);
-  out[2] = reduce_add(c);
-  out[3] = reduce_add(d);
+MMREC_INLINE float reduce_max(F32 a) {
+  __m256 upper;
+  const __m256 lower = halves(a, upper);
+  return fold_max(_mm256_max_ps(lower, upper));
+}
+MMREC_INLINE double reduce_max(F64 a) {
+  __m256d upper;
+  const __m256d lower = halves(a, upper);
+  return fold_max(_mm256_max_pd(lower, upper));
+}
+#else
+MMREC_INLINE float reduce_add(F32 a) { return fold_add(a.v); }
+MMREC_INLINE double reduce_add(F64 a) { return fold_add(a.v); }
+MMREC_INLINE float reduce_max(F32 a) { return fold_max(a.v); }
+MMREC_INLINE double reduce_max(F64 a) { return fold_max(a.v); }
+#endif
+#else
+MMREC_INLINE float reduce_add(F32 a) { return (a.v[0] + a.v[2]) + (a.v[1] + a.v[3]); }
+MMREC_INLINE double reduce_add(F64 a) { return a.v[0] + a.v[1]; }
+template <typename T>
+MMREC_INLINE T larger(T a, T b) {
+  return a > b ? a : b;
+}
+MMREC_INLINE float reduce_max(F32 a) { return larger(larger(a.v[0], a.v[2]), larger(a.v[1], a.v[3])); }
+MMREC_INLINE double reduce_max(F64 a) { return larger(a.v[0], a.v[1]); }
+#endif
+
+// The sums of the lanes of R times four vectors, transposed: out[i · stride + r] is that of sums[r][i].
+template <int R, typename V, typename T>
+MMREC_INLINE void transposed_sums(const V (&sums)[R][4], T* out, int64_t stride) {
+  for (int r = 0; r < R; ++r) {
+    for (int i = 0; i < 4; ++i) out[i * stride + r] = reduce_add(sums[r][i]);
+  }
 }
 #if defined(__AVX2__)
-MMREC_INLINE void four_sums(F32 a, F32 b, F32 c, F32 d, float* out) {
+MMREC_INLINE __m128 four_sums(F32 a, F32 b, F32 c, F32 d) {
 #if defined(__AVX512F__)
   const __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a.v, b.v), _mm512_unpackhi_ps(a.v, b.v));
   const __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c.v, d.v), _mm512_unpackhi_ps(c.v, d.v));
@@ -335,22 +382,30 @@ MMREC_INLINE void four_sums(F32 a, F32 b, F32 c, F32 d, float* out) {
   const __m256 cd = _mm256_add_ps(_mm256_unpacklo_ps(c.v, d.v), _mm256_unpackhi_ps(c.v, d.v));
   const __m256 half = _mm256_add_ps(_mm256_shuffle_ps(ab, cd, 0x44), _mm256_shuffle_ps(ab, cd, 0xee));
 #endif
-  _mm_storeu_ps(out, _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1)));
+  return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
 }
-#else
-MMREC_INLINE void four_sums(F32 a, F32 b, F32 c, F32 d, float* out) {
-  out[0] = reduce_add(a);
-  out[1] = reduce_add(b);
-  out[2] = reduce_add(c);
-  out[3] = reduce_add(d);
+template <int R>
+MMREC_INLINE void transposed_sums(const F32 (&sums)[R][4], float* out, int64_t stride) {
+  static_assert(R <= 4);
+  __m128 x[4];
+#pragma GCC unroll 4
+  for (int r = 0; r < 4; ++r) {
+    x[r] = r < R ? four_sums(sums[r % R][0], sums[r % R][1], sums[r % R][2], sums[r % R][3]) : _mm_setzero_ps();
+  }
+  _MM_TRANSPOSE4_PS(x[0], x[1], x[2], x[3]);
+#pragma GCC unroll 4
+  for (int i = 0; i < 4; ++i) {
+    float* const to = out + i * stride;
+    if constexpr (R == 4) {
+      _mm_storeu_ps(to, x[i]);
+    } else {
+      if constexpr (R == 1) _mm_store_ss(to, x[i]);
+      if constexpr (R >= 2) _mm_storel_pi(reinterpret_cast<__m64*>(to), x[i]);
+      if constexpr (R == 3) _mm_store_ss(to + 2, _mm_movehl_ps(x[i], x[i]));
+    }
+  }
 }
 #endif
-MMREC_INLINE float reduce_max(F32 a) {
-  return fold(a, static_cast<float*>(nullptr), [](float x, float y) { return x > y ? x : y; });
-}
-MMREC_INLINE double reduce_max(F64 a) {
-  return fold(a, static_cast<double*>(nullptr), [](double x, double y) { return x > y ? x : y; });
-}
 
 }  // namespace
 }  // namespace MMREC_ISA

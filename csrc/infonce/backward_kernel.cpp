@@ -31,7 +31,7 @@ void finish_row(const Backward<T>& task, const Finish<T>& finish, int64_t r, T* 
   }
   if (finish.grad_query == nullptr) return;
   Raw* const out = static_cast<Raw*>(finish.grad_query) + r * width;
-  if (nothing) return write_row(sum, width, out);
+  if (nothing) return write_row(sum, T(1), width, out);
   const T scale = finish.scale[r];
   for (int64_t d = 0; d < width; ++d) sum[d] *= scale;
   write_through_norm(sum, q, finish.query_norm != nullptr ? &norm : nullptr, width, out);

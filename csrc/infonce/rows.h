@@ -31,7 +31,7 @@ void write_through_norm(T* g, const Raw* x, const double* norm, int64_t width, R
     }
     for (int64_t d = 0; d < width; ++d) g[d] = *norm == 0.0 ? T(0) : g[d] * static_cast<T>(inverse);
   }
-  write_row(g, width, out);
+  write_row(g, T(1), width, out);
 }
 
 }  // namespace
