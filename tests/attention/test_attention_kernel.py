@@ -19,8 +19,8 @@ LENGTHS = [[130, 0, 1, 49, 48], [60, 200, 3, 0, 47], [5, 0, 0, 96, 1]]
 QUERIES = [40, 33, 4, 5, 70]
 
 
-def one_head_of_a_group_misses_a_segment() -> Case:
-    case = Case(LENGTHS, QUERIES, width=16, value_width=16, extras=("value_gate", "sink"))
+def some_heads_miss_a_segment(queries: list[int], **sizes: int) -> Case:
+    case = Case(LENGTHS, queries, width=16, value_width=16, extras=("value_gate", "sink", "key_norm"), **sizes)
     case.leaves["log_bias"] = torch.randn(5, 4, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     case.leaves["log_bias"][:, 1, 0] = case.leaves["log_bias"][2, :, 1] = -torch.inf
     return case
@@ -41,7 +41,16 @@ CASES = {
     "few latent": lambda: Case(LENGTHS, latent=2, kv_heads=4, width=32, value_width=32, extras=("value_gate",)),
     "a group beyond a block": lambda: Case(LENGTHS, QUERIES, heads=40, kv_heads=1, width=16, value_width=16),
     "three heads a group": lambda: Case(LENGTHS, QUERIES, heads=6, kv_heads=2, width=16, value_width=16),
-    "a head misses a segment": one_head_of_a_group_misses_a_segment,
+    "a head misses a segment": lambda: some_heads_miss_a_segment(QUERIES),
+    "few rows, a head misses a segment": lambda: some_heads_miss_a_segment([3, 1, 0, 4, 2]),
+    "few rows, a KV head misses a segment": lambda: some_heads_miss_a_segment([3, 1, 0, 6, 5], kv_heads=4),
+    "few rows of many heads": lambda: Case(
+        LENGTHS, [1, 5, 2, 6, 3], heads=36, kv_heads=36, width=16, extras=EVERYTHING
+    ),
+    "few rows of groups": lambda: Case(LENGTHS, [1, 3, 2, 7, 0], heads=10, kv_heads=5, width=16, extras=("key_norm",)),
+    "few rows, causal": lambda: Case(
+        LENGTHS, [1, 5, 3, 6, 2], kv_heads=4, width=16, causal=(0, 1, 2), extras=EVERYTHING
+    ),
 }
 
 
@@ -250,6 +259,26 @@ def test_any_gate_of_a_segment_leaves_rows_that_do_not_see_it(queries: int) -> N
     case.leaves["value_gate"] = torch.tensor([[[torch.inf, 1.0]]], dtype=torch.float64)
     out = outputs(case, torch.float32).out
     assert out[: queries - 2].isfinite().all() and not out[queries - 2 :].isfinite().any()
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("queries", [2, 9])
+def test_a_head_does_not_read_what_its_bias_removes(queries: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(5)
+    offsets, rows = torch.tensor([0, 50, 60]), torch.tensor([0, queries, 2 * queries])
+    query, key, value = (torch.randn(n, 4, 16, dtype=dtype) for n in (2 * queries, 60, 60))
+    bias = torch.zeros(2, 4, 2, dtype=dtype)
+    bias[:, 1, 0] = -torch.inf
+    up, results = torch.randn(2 * queries, 4, 16, dtype=dtype), []
+    for bad in (0.0, torch.nan):
+        key[:, 1] = value[:, 1] = bad
+        leaves = [x.clone().requires_grad_() for x in (query, key, value)]
+        segments = [Segment(leaves[1], leaves[2], offsets), Segment(query, query, rows)]
+        out = cross_modal_attention(leaves[0], segments, rows, log_bias=bias, key_norm=torch.ones(16, dtype=dtype))
+        results.append([out, *torch.autograd.grad(out, leaves, up)])
+    assert all(torch.equal(x, y) for x, y in zip(*results, strict=True))
+    assert all((results[1][i][:, 1] == 0).all() for i in (2, 3))
+    assert results[1][0].isfinite().all()
 
 
 @pytest.mark.parametrize("bias", [-1e30, torch.finfo(torch.float32).min, 1e35])
