@@ -109,6 +109,7 @@ class Task {
   using Dot = typename Kind::Dot;
   using V = Vec<T>;
   static constexpr int kLanes = V::kLanes;
+  static constexpr int64_t kSteps = 3;  // calls of rows_ahead_.some() while a part or block meets keys
 
  public:
   Task(const Attention<T>& a, const AttentionGradients<T>& to, const AttentionUnit& unit, int64_t next, int64_t most_queries,
@@ -137,6 +138,7 @@ class Task {
   void run() {
     for (kv_head_ = unit_.first_head; kv_head_ < unit_.last_head; kv_head_ += parts_) {
       make_blocks();
+      look_at_rows();
       for (int64_t m = 0; m < a_.segments; ++m) meet_segment(m);
       for (int64_t n = 0; n < count_; ++n) finish(blocks_[n]);
     }
@@ -316,6 +318,34 @@ class Task {
     });
   }
 
+  // The rows that are started after those at hand: of the next heads, or of the next sequence.
+  void look_at_rows() {
+    rows_ahead_ = RowsAhead();
+    const bool here = kv_head_ + parts_ < unit_.last_head;
+    if (!here && next_ < 0) return;
+    const Queries queries = here ? queries_ : Queries(a_, next_);
+    const int64_t kv_head = here ? kv_head_ + parts_ : unit_.first_head, first = kv_head * a_.group;
+    const int64_t heads = at_most(parts_, a_.kv_heads - kv_head) * a_.group, element = sizeof(Raw);
+    rows_ahead_.add(static_cast<const Raw*>(a_.query.values) + queries.first * a_.query.row_stride + first * a_.query.head_stride,
+                    queries.count, a_.query.row_stride * element,
+                    (a_.query.head_stride == a_.width ? heads : 1) * a_.width * element);
+    const int64_t result = queries.first_result * heads_ + first, row = heads_ * a_.value_width * element;
+    if (to_.grad_out != nullptr) {
+      const auto add = [&](const void* rows) {
+        rows_ahead_.add(static_cast<const Raw*>(rows) + result * a_.value_width, queries.count, row, row / heads_ * heads);
+      };
+      add(to_.out);
+      add(to_.grad_out);
+    }
+    rows_ahead_.add(to_.lse + result, queries.count, heads_ * 8, heads * 8);
+    int64_t meetings = 0;
+    for (int64_t m = 0; m < a_.segments; ++m) {
+      const int64_t* const offsets = a_.segment[m].offsets + unit_.sequence;
+      meetings += (offsets[1] - offsets[0] + kBlockKeys - 1) / kBlockKeys;
+    }
+    rows_ahead_.start(meetings * kSteps * (parts_ > 1 ? parts_ : count_));
+  }
+
   // What these heads, the next ones or the next sequence meet after the keys at hand.
   void look_ahead(int64_t m, int64_t place) {
     ahead_head_ = kv_head_;
@@ -430,13 +460,16 @@ class Task {
   void many(Block<Kind, T>& block, int64_t m, bool everyone) {
     using Word = typename Dot::Word;
     const int64_t count = keys_.count;
+    rows_ahead_.some();
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.key_rows), count, block.packed, block.lanes, widths_.depth,
                      shared_.scores, keys_ahead(0));
+    rows_ahead_.some();
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.value_rows), count, block.packed_grads, block.lanes,
                      widths_.value_depth, shared_.slopes, values_ahead(0));
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? differentiate<true, true>(block, m, lane) : differentiate<false, true>(block, m, lane);
     }
+    rows_ahead_.some();
     const T* const for_queries = a_.key_norm != nullptr ? shared_.scaled : shared_.slopes;
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kColumns == 2) {
@@ -533,8 +566,10 @@ class Task {
       const int64_t end = (part + 1) * block.part_rows;
       for (int64_t r = part * block.part_rows; r < end; r += kFewRows) {
         const int64_t rows = at_most(end - r, kFewRows);
+        rows_ahead_.some();
         few_scores(keys_.few_key_rows, keys_.count, block.queries + r * w.width, rows, w.width, shared_.scores + r,
                    keys_ahead(part));
+        rows_ahead_.some();
         few_scores(keys_.few_value_rows, keys_.count, block.grads + r * w.value_width, rows, w.value_width,
                    shared_.slopes + r, values_ahead(part));
       }
@@ -557,6 +592,7 @@ class Task {
 
   // What they make of a part's keys and rows. Where rows do not see all keys, row by row: what is hidden may be NaN.
   void add_few(Block<Kind, T>& block, int64_t part, bool everyone) {
+    rows_ahead_.some();
     if (a_.key_norm != nullptr) times_rstd(shared_.slopes, block, part, shared_.scaled);
     const int64_t first = part * block.part_rows;
     if (everyone) return add_rows(block, first, block.part_rows, keys_.count);
@@ -696,6 +732,7 @@ class Task {
   Shared<Kind, T> shared_;
   Keys<Kind, T> keys_;
   Ahead<Kind, T> ahead_;
+  RowsAhead rows_ahead_;
   const AttentionUnit& unit_;
   int64_t next_;  // the sequence whose keys are met after this one's, or −1
   int64_t ahead_head_ = 0, parts_ = 1;  // of KV heads: those at hand

@@ -88,6 +88,7 @@ class Task {
   using Dot = typename Kind::Dot;
   using V = Vec<T>;
   static constexpr int kLanes = V::kLanes;
+  static constexpr int64_t kBytes = sizeof(Raw);
 
  public:
   Task(const Attention<T>& a, const AttentionResults<T>& to, const AttentionUnit& unit, int64_t next, Arena& arena)
@@ -143,6 +144,7 @@ class Task {
       take(blocks[n], a_, widths_, arena);
       start(blocks[n]);
     }
+    look_at_rows(count, last);
     for (int64_t m = 0; m < a_.segments; ++m) {
       const AttentionSegment& segment = a_.segment[m];
       const int64_t begin = segment.offsets[unit_.sequence], end = segment.offsets[unit_.sequence + 1];
@@ -163,6 +165,25 @@ class Task {
       }
     }
     for (int64_t n = 0; n < count; ++n) finish(blocks[n]);
+  }
+
+  // The queries that are started after those at hand.
+  void look_at_rows(int64_t blocks, int64_t last) {
+    rows_ahead_ = RowsAhead();
+    const bool here = last < unit_.last_row;
+    if (!here && next_ < 0) return;
+    const Queries queries = here ? queries_ : Queries(a_, next_);
+    const int64_t first = here ? last : 0, count = at_most((here ? unit_.last_row : queries.count) - first, kBlockRows);
+    const int64_t head = unit_.first_head * a_.group, heads = (unit_.last_head - unit_.first_head) * a_.group;
+    rows_ahead_.add(static_cast<const Raw*>(a_.query.values) + (queries.first + first) * a_.query.row_stride +
+                        head * a_.query.head_stride,
+                    count, a_.query.row_stride * kBytes, (a_.query.head_stride == a_.width ? heads : 1) * a_.width * kBytes);
+    int64_t meetings = 0;
+    for (int64_t m = 0; m < a_.segments; ++m) {
+      const int64_t* const offsets = a_.segment[m].offsets + unit_.sequence;
+      meetings += (offsets[1] - offsets[0] + kBlockKeys - 1) / kBlockKeys;
+    }
+    rows_ahead_.start(meetings * blocks);
   }
 
   void start(Block<Kind, T>& block) {
@@ -249,6 +270,7 @@ class Task {
 
   // The keys at hand, of which every row sees those up to place `all_see`, and query i those up to i + ahead.
   void meet(Block<Kind, T>& block, const AttentionSegment& segment, int64_t all_see, int64_t ahead) {
+    rows_ahead_.some();
     const bool everyone = keys_.position[keys_.count - 1] <= all_see;
     if (!everyone || !block.reads_all()) keys_.find_limits(block, everyone, ahead);
     if (block.few()) return few(block, segment, everyone);
@@ -500,6 +522,7 @@ class Task {
   Shared<Kind, T> shared_;
   Keys<Kind, T> keys_;
   Ahead<Kind, T> ahead_;
+  RowsAhead rows_ahead_;
   const AttentionUnit& unit_;
   int64_t next_;  // the sequence whose keys are met after this one's, or −1
   int64_t most_blocks_;

@@ -197,6 +197,39 @@ class Ahead {
   int64_t count_ = 0, key_step_ = 0, value_step_ = 0;
 };
 
+// What is read of rows when they are started: asked for, a few lines at a time, while those before them meet their keys.
+class RowsAhead {
+ public:
+  // `bytes` of each of `rows` rows that are `stride` bytes apart, beside what was added before.
+  void add(const void* begin, int64_t rows, int64_t stride, int64_t bytes) {
+    if (rows <= 0 || bytes <= 0) return;
+    lines_ += rows * ((bytes + 63) / 64);
+    spans_[count_++] = {static_cast<const char*>(begin), rows, stride, bytes};
+  }
+
+  // All of it in `steps` calls of some().
+  void start(int64_t steps) { each_ = (lines_ + steps - 1) / (steps < 1 ? 1 : steps); }
+
+  void some() {
+    for (int64_t n = each_; n > 0 && at_ < count_; --n) {
+      Span& span = spans_[at_];
+      __builtin_prefetch(span.begin + offset_, 0, 2);
+      if ((offset_ += 64) < span.bytes) continue;
+      offset_ = 0;
+      span.begin += span.stride;
+      if (--span.rows == 0) ++at_;
+    }
+  }
+
+ private:
+  struct Span {
+    const char* begin;
+    int64_t rows, stride, bytes;
+  };
+  Span spans_[4];
+  int64_t count_ = 0, lines_ = 0, each_ = 0, at_ = 0, offset_ = 0;
+};
+
 // Up to kBlockKeys keys of a segment.
 template <typename Kind, typename T>
 struct Keys {
