@@ -17,8 +17,6 @@
 namespace mmrec {
 
 constexpr int64_t kBlockRows = 32, kBlockKeys = 48;
-// Rows of up to this many are multiplied with the width in lanes, more with the rows in lanes.
-constexpr int64_t kFewRows = 6;
 
 // Finite biases and sinks beyond this, in units of log2, are taken for it: a log-sum-exp of that size still has digits enough in
 // double precision for the backward to find the weights again.

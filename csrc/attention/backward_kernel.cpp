@@ -462,10 +462,10 @@ class Task {
     const int64_t count = keys_.count;
     rows_ahead_.some();
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.key_rows), count, block.packed, block.lanes, widths_.depth,
-                     shared_.scores, keys_ahead(0));
+                     shared_.scores, kBlockRows, keys_ahead(0));
     rows_ahead_.some();
     score_block<Dot>(reinterpret_cast<const Word* const*>(keys_.value_rows), count, block.packed_grads, block.lanes,
-                     widths_.value_depth, shared_.slopes, values_ahead(0));
+                     widths_.value_depth, shared_.slopes, kBlockRows, values_ahead(0));
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? differentiate<true, true>(block, m, lane) : differentiate<false, true>(block, m, lane);
     }

@@ -313,7 +313,7 @@ class Task {
     const int64_t keys = keys_.count;
     T* const scores = shared_.scores;
     score_block<Dot>(reinterpret_cast<const typename Dot::Word* const*>(keys_.key_rows), keys, block.packed, block.lanes,
-                     widths_.depth, scores, ahead_.keys(kv_head));
+                     widths_.depth, scores, kBlockRows, ahead_.keys(kv_head));
     for (int64_t lane = 0; lane < block.lanes; lane += kLanes) {
       everyone ? weigh<true, Dot::kColumns == 2>(block, keys, lane) : weigh<false, Dot::kColumns == 2>(block, keys, lane);
     }

@@ -3,6 +3,7 @@
 
 #include <type_traits>
 
+#include "../common/arena.h"
 #include "../common/exp2.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
@@ -15,23 +16,6 @@ namespace {
 constexpr double kLog2E = 1.4426950408889634074, kLn2 = 0.69314718055994530942;
 // Rows of results are made in whole groups.
 constexpr int64_t kMoreRows = kBlockRows + kGroup, kMoreKeys = kBlockKeys + kGroup;
-
-// What is staged of rows that cannot be read where they lie: the type whose words the products read.
-template <typename Kind>
-using Staged = std::conditional_t<Kind::Dot::kColumns == 2, BFloat16, typename Kind::Dot::Word>;
-
-// Hands out a piece of memory bit by bit; without memory it only counts.
-struct Arena {
-  char* memory;
-  int64_t used = 0;
-
-  template <typename X>
-  X* take(int64_t count) {
-    X* const taken = memory == nullptr ? nullptr : reinterpret_cast<X*>(memory + used);
-    used += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
-    return taken;
-  }
-};
 
 // Widths as the products read them.
 template <typename Kind>
@@ -57,38 +41,9 @@ struct Widths {
   }
 };
 
-template <typename To, typename From>
-MMREC_INLINE To converted(From x) {
-  if constexpr (std::is_same_v<To, From>) {
-    return x;
-  } else if constexpr (sizeof(To) == 2) {
-    return narrow(static_cast<float>(x));
-  } else {
-    return static_cast<To>(widen(x));
-  }
-}
-
-// Rows of `width` elements to rows of `padded` ones, the rest zero.
-template <typename To, typename From>
-void stage(const From* from, int64_t width, int64_t padded, To* to) {
-  int64_t d = 0;
-  if constexpr (requires { store(to, load(from)); } && !(std::is_same_v<To, From> && sizeof(To) == 2)) {
-    using V = decltype(load(from));
-    for (; d + V::kLanes <= width; d += V::kLanes) store(to + d, load(from + d));
-  }
-  for (; d < width; ++d) to[d] = converted<To>(from[d]);
-  for (; d < padded; ++d) to[d] = To{};
-}
-
 template <typename Raw>
 double rstd_of(const Raw* row, int64_t width, double eps) {
   return 1.0 / __builtin_sqrt(dot_in_double(row, row, width) / static_cast<double>(width) + eps);
-}
-
-// The first `count` lanes.
-template <int kLanes>
-MMREC_INLINE uint32_t lanes_before(int64_t count) {
-  return count >= kLanes ? (uint64_t{1} << kLanes) - 1 : (uint32_t{1} << count) - 1;
 }
 
 // The queries of a sequence, and where their results begin.

@@ -1,11 +1,40 @@
 // Single rows: what is O(width), beside the products.
 #pragma once
 
-#include "simd.h"
+#include <type_traits>
+
+#include "kind.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
+
+// What is staged of rows that cannot be read where they lie: the type whose words the products read.
+template <typename Kind>
+using Staged = std::conditional_t<Kind::Dot::kColumns == 2, BFloat16, typename Kind::Dot::Word>;
+
+template <typename To, typename From>
+MMREC_INLINE To converted(From x) {
+  if constexpr (std::is_same_v<To, From>) {
+    return x;
+  } else if constexpr (sizeof(To) == 2) {
+    return narrow(static_cast<float>(x));
+  } else {
+    return static_cast<To>(widen(x));
+  }
+}
+
+// Rows of `width` elements to rows of `padded` ones, the rest zero.
+template <typename To, typename From>
+void stage(const From* from, int64_t width, int64_t padded, To* to) {
+  int64_t d = 0;
+  if constexpr (requires { store(to, load(from)); } && !(std::is_same_v<To, From> && sizeof(To) == 2)) {
+    using V = decltype(load(from));
+    for (; d + V::kLanes <= width; d += V::kLanes) store(to + d, load(from + d));
+  }
+  for (; d < width; ++d) to[d] = converted<To>(from[d]);
+  for (; d < padded; ++d) to[d] = To{};
+}
 
 // Eight chains, so that double precision costs little.
 template <typename A, typename B>

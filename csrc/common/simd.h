@@ -45,12 +45,17 @@ MMREC_INLINE F32 add(F32 a, F32 b) { return {_mm512_add_ps(a.v, b.v)}; }
 MMREC_INLINE F64 add(F64 a, F64 b) { return {_mm512_add_pd(a.v, b.v)}; }
 MMREC_INLINE F32 sub(F32 a, F32 b) { return {_mm512_sub_ps(a.v, b.v)}; }
 MMREC_INLINE F64 sub(F64 a, F64 b) { return {_mm512_sub_pd(a.v, b.v)}; }
+MMREC_INLINE F32 div(F32 a, F32 b) { return {_mm512_div_ps(a.v, b.v)}; }
+MMREC_INLINE F64 div(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
 // The larger; b where either is NaN.
 MMREC_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 MMREC_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
 // Bit i: a[i] > b[i]; false where either is NaN.
 MMREC_INLINE uint32_t greater(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 MMREC_INLINE uint32_t greater(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
+// Bit i: a[i] == b[i].
+MMREC_INLINE uint32_t same(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_EQ_OQ); }
+MMREC_INLINE uint32_t same(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_EQ_OQ); }
 // Lane i: bit i is set ? a[i] : b[i].
 MMREC_INLINE F32 select(uint32_t bits, F32 a, F32 b) {
   return {_mm512_mask_mov_ps(b.v, static_cast<__mmask16>(bits), a.v)};
@@ -98,6 +103,8 @@ MMREC_INLINE F32 add(F32 a, F32 b) { return {_mm256_add_ps(a.v, b.v)}; }
 MMREC_INLINE F64 add(F64 a, F64 b) { return {_mm256_add_pd(a.v, b.v)}; }
 MMREC_INLINE F32 sub(F32 a, F32 b) { return {_mm256_sub_ps(a.v, b.v)}; }
 MMREC_INLINE F64 sub(F64 a, F64 b) { return {_mm256_sub_pd(a.v, b.v)}; }
+MMREC_INLINE F32 div(F32 a, F32 b) { return {_mm256_div_ps(a.v, b.v)}; }
+MMREC_INLINE F64 div(F64 a, F64 b) { return {_mm256_div_pd(a.v, b.v)}; }
 MMREC_INLINE F32 max(F32 a, F32 b) { return {_mm256_max_ps(a.v, b.v)}; }
 MMREC_INLINE F64 max(F64 a, F64 b) { return {_mm256_max_pd(a.v, b.v)}; }
 MMREC_INLINE F32 select(uint32_t bits, F32 a, F32 b) {
@@ -128,6 +135,12 @@ MMREC_INLINE uint32_t greater(F32 a, F32 b) {
 }
 MMREC_INLINE uint32_t greater(F64 a, F64 b) {
   return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_GT_OQ)));
+}
+MMREC_INLINE uint32_t same(F32 a, F32 b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_EQ_OQ)));
+}
+MMREC_INLINE uint32_t same(F64 a, F64 b) {
+  return static_cast<uint32_t>(_mm256_movemask_pd(_mm256_cmp_pd(a.v, b.v, _CMP_EQ_OQ)));
 }
 
 #else
@@ -168,6 +181,8 @@ MMREC_INLINE F32 add(F32 a, F32 b) { return {a.v + b.v}; }
 MMREC_INLINE F64 add(F64 a, F64 b) { return {a.v + b.v}; }
 MMREC_INLINE F32 sub(F32 a, F32 b) { return {a.v - b.v}; }
 MMREC_INLINE F64 sub(F64 a, F64 b) { return {a.v - b.v}; }
+MMREC_INLINE F32 div(F32 a, F32 b) { return {a.v / b.v}; }
+MMREC_INLINE F64 div(F64 a, F64 b) { return {a.v / b.v}; }
 MMREC_INLINE F32 max(F32 a, F32 b) { return {a.v > b.v ? a.v : b.v}; }
 MMREC_INLINE F64 max(F64 a, F64 b) { return {a.v > b.v ? a.v : b.v}; }
 MMREC_INLINE F32 select(uint32_t bits, F32 a, F32 b) {
@@ -205,6 +220,16 @@ MMREC_INLINE uint32_t greater(F64 a, F64 b) {
   for (int i = 0; i < 2; ++i) bits |= static_cast<uint32_t>(a.v[i] > b.v[i]) << i;
   return bits;
 }
+MMREC_INLINE uint32_t same(F32 a, F32 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 4; ++i) bits |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
+  return bits;
+}
+MMREC_INLINE uint32_t same(F64 a, F64 b) {
+  uint32_t bits = 0;
+  for (int i = 0; i < 2; ++i) bits |= static_cast<uint32_t>(a.v[i] == b.v[i]) << i;
+  return bits;
+}
 
 #endif
 
@@ -220,6 +245,12 @@ struct VectorOf<double> {
 };
 template <typename T>
 using Vec = typename VectorOf<T>::type;
+
+// The first `count` lanes.
+template <int kLanes>
+MMREC_INLINE uint32_t lanes_before(int64_t count) {
+  return count >= kLanes ? (uint64_t{1} << kLanes) - 1 : (uint32_t{1} << count) - 1;
+}
 
 MMREC_INLINE float widen(float a) { return a; }
 MMREC_INLINE double widen(double a) { return a; }
