@@ -40,6 +40,7 @@ class Provider:
         make: the inputs and the mode to a call without arguments; what it prepares (an index, a layout) is not timed.
         finish: the inputs and a result of the call to the form that all providers of the case are compared in.
         ours: whether it is this package's own.
+        yardstick: whether it computes a part of the case only, to hold the others against: neither judged nor a peer.
         module: what must be importable for it, "" for torch alone.
         install: the package that brings `module`.
     """
@@ -48,6 +49,7 @@ class Provider:
     make: Callable[[Inputs, str], Call]
     finish: Callable[[Inputs, Any], Any] = _as_it_is
     ours: bool = False
+    yardstick: bool = False
     module: str = ""
     install: str = ""
 

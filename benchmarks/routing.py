@@ -1,6 +1,7 @@
 """`route` and `mixture_of_experts` beside eager torch: a loop over the experts, and all experts for all tokens.
 
-Three modalities, each kept to a part of the experts; SwiGLU experts; the router in float32 for all.
+Three modalities, each kept to a part of the experts; SwiGLU experts; the router in float32 for all. Shapes without `hidden`
+are of `route` alone (router.py).
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import linear, silu
 
 from ..routing import mixture_of_experts, route
+from . import router
 from .case import MODES, Call, Case, Inputs, Provider, Work, against, generator, in_mode, leaf, our_name, torch_dtype
 
 OP = "routing"
@@ -22,19 +24,28 @@ SHAPES = {
     "small": (
         {"tokens": 128, "width": 32, "hidden": 64, "experts": 4, "k": 2},
         {"tokens": 1, "width": 32, "hidden": 64, "experts": 4, "k": 2},
+        {"tokens": 128, "width": 32, "experts": 4, "k": 2},
     ),
     "full": (
         {"tokens": 8192, "width": 64, "hidden": 256, "experts": 16, "k": 2},
         {"tokens": 8192, "width": 256, "hidden": 512, "experts": 8, "k": 2},
         {"tokens": 256, "width": 256, "hidden": 512, "experts": 8, "k": 2},
         {"tokens": 1, "width": 256, "hidden": 512, "experts": 8, "k": 2},
+        {"tokens": 8192, "width": 256, "experts": 8, "k": 2},
+        {"tokens": 65536, "width": 64, "experts": 16, "k": 2},
+        {"tokens": 2**20, "width": 64, "experts": 16, "k": 2},
     ),
 }
 
 
 def cases(shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES) -> list[Case]:
     """One case per shape, dtype and mode."""
-    return [case(shape, dtype, device, mode) for shape in SHAPES[shapes] for dtype in dtypes for mode in modes]
+    return [
+        (case if "hidden" in shape else router.case)(shape, dtype, device, mode)
+        for shape in SHAPES[shapes]
+        for dtype in dtypes
+        for mode in modes
+    ]
 
 
 def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:

@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Collection
 from dataclasses import asdict, dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
@@ -110,10 +111,16 @@ class Report:
             raise
 
 
-def compare(rows: list[Row], ours: set[str], floor_ms: float, calls: dict[str, int]) -> Comparison:
+def compare(
+    rows: list[Row], ours: set[str], floor_ms: float, calls: dict[str, int], yardsticks: Collection[str] = ()
+) -> Comparison:
     """The rows of one case, at least one of which is named in `ours`; the fastest of ours stands for us."""
     own = min((r for r in rows if r.provider in ours), key=lambda r: r.median_ms)
-    peer = min((r for r in rows if r.provider not in ours), key=lambda r: r.median_ms, default=None)
+    peer = min(
+        (r for r in rows if r.provider not in ours and r.provider not in yardsticks),
+        key=lambda r: r.median_ms,
+        default=None,
+    )
     return Comparison(
         own.op,
         own.shape,

@@ -78,7 +78,7 @@ def run(case: Case, clock: Clock, roofline: Roofline, seconds: float, *, least: 
         if reason is None:
             try:
                 call = provider.make(inputs, case.mode)
-                errors[provider.name] = judge(provider.finish(inputs, call()))
+                errors[provider.name] = {} if provider.yardstick else judge(provider.finish(inputs, call()))
                 calls[provider.name] = call
             except Exception as error:
                 if provider.ours:
@@ -93,8 +93,9 @@ def run(case: Case, clock: Clock, roofline: Roofline, seconds: float, *, least: 
     made = [_row(case, p, samples[p.name], peaks[p.name], errors[p.name]) for p in case.providers if p.name in calls]
     floor_ms = 1e3 * roofline.floor(case.work, case.compute_dtype, read_seconds)
     ours = {p.name for p in case.providers if p.ours}
+    yardsticks = {p.name for p in case.providers if p.yardstick}
     counts = {name: len(times) for name, times in samples.items()}
-    return CaseResult(made, missing, compare(made, ours, floor_ms, counts))
+    return CaseResult(made, missing, compare(made, ours, floor_ms, counts, yardsticks))
 
 
 def _first_line(error: Exception) -> str:

@@ -9,6 +9,7 @@
 #include <limits>
 #include <tuple>
 
+#include "../common/natural_log.h"
 #include "problem.h"
 
 namespace mmrec {
@@ -19,24 +20,13 @@ using torch::headeronly::ScalarType;
 // Sums over one side are kept in at most this many parts, each over a strip of whole tiles.
 constexpr int64_t kMaxStrips = 64;
 
-// 2^e for whole e ≤ 0.
+// 2^e for whole e ≤ 0. (exp2 of glibc 2.29 would ask for a newer system than all else does.)
 double power_of_two(double e) {
   if (!(e >= -1022.0)) return e != e ? e : 0.0;
   const uint64_t bits = static_cast<uint64_t>(static_cast<int64_t>(e) + 1023) << 52;
   double value;
   std::memcpy(&value, &bits, sizeof(value));
   return value;
-}
-
-// log and exp2 of glibc 2.29 would ask for a newer system than all else does; log1p is older.
-double natural_log(double x) {
-  int exponent = 0;
-  double fraction = std::frexp(x, &exponent);  // in [1/2, 1)
-  if (fraction < 0.70710678118654752) {
-    fraction *= 2;
-    --exponent;
-  }
-  return exponent * kLn2 + std::log1p(fraction - 1);
 }
 
 // Σ 2^x of every entry, over `strips` parts [strip][padded], and its natural logarithm.
