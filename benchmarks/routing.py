@@ -1,7 +1,7 @@
 """`route` and `mixture_of_experts` beside eager torch: a loop over the experts, and all experts for all tokens.
 
-Three modalities, each kept to a part of the experts; SwiGLU experts; the router in float32 for all. Shapes without `hidden`
-are of `route` alone (router.py).
+Three modalities, each kept to a part of the experts; SwiGLU experts; the router in float32 for all. Shapes without
+`hidden` are of `route` alone (router.py).
 """
 
 from __future__ import annotations

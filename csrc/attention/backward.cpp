@@ -23,8 +23,6 @@ using torch::headeronly::ScalarType;
 using Results = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 constexpr int64_t kChunkBytes = int64_t{32} << 20;
-// Gradients of keys, or of values, from this on are written past the caches.
-constexpr int64_t kStreamedBytes = int64_t{8} << 20;
 
 // The bits of `needs`, in the order of ATTENTION_NEEDS.
 enum Need : int { kQuery, kLogBias, kValueGate, kSink, kQueryNorm, kKeyNorm };
@@ -183,9 +181,8 @@ class Pass {
 
   // Whether rows go past the caches; also of a side that nobody needs.
   bool streamed(const Side<T>& side) const {
-    const int64_t row = side.width * arguments_.query.element_size(), bytes = side.rows.numel() * arguments_.query.element_size();
-    const bool lines = row % 64 == 0 && reinterpret_cast<uintptr_t>(side.rows.const_data_ptr()) % 64 == 0;
-    return bytes == 0 || (lines && bytes >= kStreamedBytes);
+    const int64_t element = arguments_.query.element_size(), bytes = side.rows.numel() * element;
+    return bytes == 0 || (bytes >= kStreamedBytes && is_whole_lines(side.rows.const_data_ptr(), side.width * element));
   }
 
   // The sequences from `first` on whose shares kChunkBytes hold, at least one.

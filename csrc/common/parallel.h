@@ -28,6 +28,12 @@ inline void prefer_large_pages(void* memory, int64_t bytes) {
 #endif
 }
 
+// Results from this size on are written past the caches, where their rows are whole lines.
+constexpr int64_t kStreamedBytes = int64_t{8} << 20;
+inline bool is_whole_lines(const void* rows, int64_t row_bytes) {
+  return row_bytes % 64 == 0 && reinterpret_cast<uintptr_t>(rows) % 64 == 0;
+}
+
 // Uninitialised memory, aligned to a cache line.
 template <typename T>
 class Buffer {

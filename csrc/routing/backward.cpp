@@ -86,6 +86,8 @@ Results backward_as(const RouterArguments& arguments, const BackwardArguments& g
     losses.emplace(router, static_cast<const T*>(held(*given.grad_losses)), static_cast<const T*>(held(given.stats)));
   }
   Tensor grad_x = given.need_x ? torch::stable::new_empty(x, {router.tokens, width}) : torch::stable::new_empty(x, {0});
+  const int64_t row_bytes = width * x.element_size(), x_bytes = given.need_x ? router.tokens * row_bytes : 0;
+  prefer_large_pages(grad_x.mutable_data_ptr(), x_bytes);
   const RouterGradients<T> to{given.grad_weights ? static_cast<const T*>(held(*given.grad_weights)) : nullptr,
                               static_cast<const T*>(held(given.weights)),
                               static_cast<const int32_t*>(held(given.experts)),
@@ -93,7 +95,8 @@ Results backward_as(const RouterArguments& arguments, const BackwardArguments& g
                               losses ? losses->shares.data() : nullptr,
                               losses ? losses->z.data() : nullptr,
                               losses ? losses->local.data() : nullptr,
-                              given.need_x ? grad_x.mutable_data_ptr() : nullptr};
+                              given.need_x ? grad_x.mutable_data_ptr() : nullptr,
+                              x_bytes >= kStreamedBytes && is_whole_lines(grad_x.const_data_ptr(), row_bytes)};
   const int64_t bytes = kernels.scratch_bytes(router), each = router.experts * padded;
   const int64_t runs = problem.runs(each);
   Buffer<T> sums(given.need_gate ? each * std::max<int64_t>(runs, 1) : 0);

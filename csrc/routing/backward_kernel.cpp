@@ -60,6 +60,7 @@ class Task {
             for (int64_t d = 0; d < padded_; ++d) sum[d] += grad_gate_[i * padded_ + d];
           }
         });
+    fence();
   }
 
  private:
@@ -154,7 +155,8 @@ class Task {
     std::memset(grad_x_, 0, sizeof(T) * static_cast<size_t>((count + 1) * padded_));
     weigh_values<1, kGroupTokens>(slopes_, count, gate_rows_, choices.count, padded_, grad_x_);
     for (int64_t i = 0; i < count; ++i) {
-      write_row(grad_x_ + i * padded_, T(1), r_.width, static_cast<Raw*>(to_.x) + tokens[i] * r_.width);
+      Raw* const to = static_cast<Raw*>(to_.x) + tokens[i] * r_.width;
+      to_.streamed ? stream_row(grad_x_ + i * padded_, T(1), r_.width, to) : write_row(grad_x_ + i * padded_, T(1), r_.width, to);
     }
   }
 

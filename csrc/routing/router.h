@@ -59,6 +59,7 @@ class Groups {
     order_ = arena.take<int64_t>(kBlockTokens);
     rows_ = arena.take<const Staged<Kind>*>(kGroupTokens + 1);
     part_ = arena.take<const Staged<Kind>*>(kGroupTokens + 1);
+    ahead_ = arena.take<const char*>(kGroupTokens);
     staged_ = arena.take<Staged<Kind>>(kInPlace ? 0 : kGroupTokens * router.width);
     logits_ = arena.take<T>((kGroupTokens + kGroup) * router.lanes);
     chain_ = arena.take<T>(router.width > kLogitChain ? (kGroupTokens + kGroup) * router.lanes : 0);
@@ -68,6 +69,7 @@ class Groups {
   // Orders the routed ones of the tokens [first, last) by modality; calls skip(token) for the others.
   template <typename Skip>
   void order(int64_t first, int64_t last, const Skip& skip) {
+    next_ = last;
     std::memset(begin_, 0, sizeof(int64_t) * static_cast<size_t>(r_.modalities + 1));
     for (int64_t token = first; token < last; ++token) {
       const int64_t m = r_.modality_of(token);
@@ -96,6 +98,7 @@ class Groups {
       start(m);
       for (int64_t at = begin_[m]; at < end; at += kGroupTokens) {
         const int64_t count = at_most(kGroupTokens, end - at);
+        look_ahead(at, count);
         find_logits(order_ + at, count);
         run(m, order_ + at, count);
       }
@@ -108,6 +111,16 @@ class Groups {
   const Staged<Kind>* const* rows() const { return rows_; }
 
  private:
+  // The rows of the next block, as many and at the same places as those at hand: asked for while these are multiplied.
+  void look_ahead(int64_t at, int64_t count) {
+    const int64_t element = sizeof(Raw), first = next_ + at;
+    count = at_most(count, r_.tokens - first);
+    for (int64_t i = 0; i < count; ++i) {
+      ahead_[i] = static_cast<const char*>(r_.x) + (first + i) * r_.x_stride * element;
+    }
+    fetch_ = {ahead_, count < 0 ? 0 : count, r_.width * element, 0};
+  }
+
   void find_logits(const int64_t* tokens, int64_t count) {
     for (int64_t i = 0; i < count; ++i) {
       const Raw* const row = static_cast<const Raw*>(r_.x) + tokens[i] * r_.x_stride;
@@ -125,14 +138,16 @@ class Groups {
       for (int64_t i = 0; i <= count; ++i) part_[i] = rows_[i] + word * Dot::kColumns;
       T* const to = word == 0 ? logits_ : chain_;
       score_block<Dot>(reinterpret_cast<const Word* const*>(part_), count, gate + word * r_.lanes, r_.lanes,
-                       at_most(depth - word, kLogitChain), to, r_.lanes);
+                       at_most(depth - word, kLogitChain), to, r_.lanes, word == 0 ? fetch_ : Fetch());
       for (int64_t n = 0; word > 0 && n < count * r_.lanes; ++n) logits_[n] += chain_[n];
     }
     pack_lanes<Plain<T>>(logits_, r_.lanes, count, r_.experts, kGroupTokens, columns_);
   }
 
   const Router<T>& r_;
-  int64_t *begin_, *order_;
+  int64_t *begin_, *order_, next_ = 0;
+  const char** ahead_;
+  Fetch fetch_;
   const Staged<Kind>**rows_, **part_;
   Staged<Kind>* staged_;
   T *logits_, *chain_, *columns_;

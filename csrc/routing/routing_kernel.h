@@ -63,7 +63,8 @@ struct RouterGradients {
   const T* gate;            // [experts][padded width]
   // Per modality, or null: of p̄ of each expert [modalities, experts]; 2 dz / tokens; dlocal / tokens.
   const T *shares, *z, *local;
-  void* x;  // [tokens, width] or null
+  void* x;        // [tokens, width] or null
+  bool streamed;  // its rows are whole lines of 64 bytes, and more of them than a cache keeps until they are read
 };
 
 template <typename T>

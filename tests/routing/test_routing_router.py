@@ -10,6 +10,8 @@ from routing_oracle import assert_within_rule, eager_route, naive_route, normal
 from mmrec_kernels.routing import route
 from mmrec_kernels.routing.router import SCORES
 
+pytestmark = pytest.mark.usefixtures("provider")
+
 T, D, E, M = 13, 5, 6, 3
 MODALITY = torch.tensor([0, 1, 2, -1, 1, 0, 0, 1, 2, 1, -1, 0, 1])
 ALLOWED = torch.tensor([[1, 1, 0, 1, 0, 1], [0, 1, 1, 1, 1, 1], [0, 0, 0, 0, 1, 0]], dtype=torch.bool)
