@@ -84,9 +84,9 @@ def _plain(x: Tensor, gate: Tensor, modality: Tensor, allowed: Tensor, k: int) -
     share = of.T @ torch.zeros_like(p).scatter(1, experts, weights.detach())
     balance = allowed.sum(1) * (count / count.sum(1, keepdim=True) * mean).sum(1)
     z = of.T @ logits.logsumexp(1).square() / tokens
-    local = of.T @ torch.special.entr(p).sum(1) / tokens
+    local = of.T @ -(p * p.clamp_min(1e-30).log()).sum(1) / tokens  # entr has no gradient where a mask makes p 0
     stats = torch.stack([count, (mean * tokens[:, None]).detach(), share], 2)
-    return weights, stats, torch.stack([balance, z, local, torch.special.entr(mean).sum(1)])
+    return weights, stats, torch.stack([balance, z, local, -(mean * mean.clamp_min(1e-30).log()).sum(1)])
 
 
 def _call(function: Route, given: Inputs, mode: str, dtype: torch.dtype | None = None) -> Call:

@@ -568,10 +568,10 @@ class Task {
         const int64_t rows = at_most(end - r, kFewRows);
         rows_ahead_.some();
         few_scores(keys_.few_key_rows, keys_.count, block.queries + r * w.width, rows, w.width, shared_.scores + r,
-                   keys_ahead(part));
+                   kBlockRows, keys_ahead(part));
         rows_ahead_.some();
         few_scores(keys_.few_value_rows, keys_.count, block.grads + r * w.value_width, rows, w.value_width,
-                   shared_.slopes + r, values_ahead(part));
+                   shared_.slopes + r, kBlockRows, values_ahead(part));
       }
       if (a_.key_norm != nullptr) times_rstd(shared_.scores, block, part, shared_.scores);
     }

@@ -400,7 +400,7 @@ class Task {
       if (!block.reads(part)) continue;
       const int64_t kv_head = point_at_few(block, segment, part);
       few_scores(keys_.few_key_rows, keys, block.queries + part * rows * widths_.width, rows, widths_.width,
-                 scores + part * rows, ahead_.keys(kv_head));
+                 scores + part * rows, kBlockRows, ahead_.keys(kv_head));
       if (a_.key_norm == nullptr) continue;
       keys_.find_rstd(static_cast<const Raw*>(segment.key.values) + kv_head * segment.key.head_stride, segment.key.row_stride,
                       a_.width, a_.norm_eps);

@@ -1,7 +1,4 @@
-// The products of attention beside those of ../common/tiles.h.
-//
-// few_scores: scores [key][kBlockRows] of up to kFewRows rows, the width in lanes.
-// weigh_value_pairs: weigh_values over pairs of bfloat16 keys.
+// The products of attention beside those of ../common/tiles.h: weigh_values over pairs of bfloat16 keys.
 #pragma once
 
 #include "../common/tiles.h"
@@ -10,62 +7,6 @@
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
-
-// Four keys and R rows: a key is loaded once for all of them.
-template <int R, typename Raw, typename T>
-MMREC_INLINE void few_scores_tile(const Raw* const (&keys)[4], const T* queries, int64_t padded_width, T* scores) {
-  using V = Vec<T>;
-  V sums[R][4];
-#pragma GCC unroll 4
-  for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) sums[r][i] = broadcast(T(0));
-  }
-  for (int64_t d = 0; d < padded_width; d += V::kLanes) {
-    V k[4];
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; ++i) k[i] = load(keys[i] + d);
-#pragma GCC unroll 4
-    for (int r = 0; r < R; ++r) {
-      const V q = load(queries + r * padded_width + d);
-#pragma GCC unroll 4
-      for (int i = 0; i < 4; ++i) sums[r][i] = fma(k[i], q, sums[r][i]);
-    }
-  }
-  transposed_sums<R>(sums, scores, kBlockRows);
-}
-
-// q_r · k_j for rows of whole vectors; `scores` has three keys more than `count`.
-template <typename Raw, typename T>
-void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t rows, int64_t padded_width, T* scores,
-                const Fetch& fetch = {}) {
-#if defined(__AVX512F__)
-  constexpr int64_t kMost = 4;
-#else
-  constexpr int64_t kMost = 2;
-#endif
-  const int64_t each = fetch.each((count + 3) / 4);
-  for (int64_t j = 0; j < count; j += 4) {
-    fetch(j / 4 * each, (j / 4 + 1) * each);
-    const Raw* const four[4] = {keys[j], keys[at_most(j + 1, count - 1)], keys[at_most(j + 2, count - 1)],
-                                keys[at_most(j + 3, count - 1)]};
-    // Six rows are twice three, and five three and two.
-    const int64_t most = rows <= kMost ? rows : at_most((rows + 1) / 2, kMost);
-    for (int64_t r = 0; r < rows; r += most) {
-      const T* const q = queries + r * padded_width;
-      T* const to = scores + j * kBlockRows + r;
-      switch (at_most(most, rows - r)) {
-        case 1: few_scores_tile<1>(four, q, padded_width, to); break;
-        case 2: few_scores_tile<2>(four, q, padded_width, to); break;
-#if defined(__AVX512F__)
-        case 3: few_scores_tile<3>(four, q, padded_width, to); break;
-        case 4: few_scores_tile<4>(four, q, padded_width, to); break;
-#endif
-        default: break;
-      }
-    }
-  }
-}
 
 #if defined(__AVX512BF16__)
 // Columns [column, column + 32) of two rows as pairs.

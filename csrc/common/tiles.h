@@ -3,6 +3,7 @@
 //
 // score_block: scores [key][stride], rows in lanes. The rows ("queries") are packed [word of width][lanes]; a key's words are
 //     broadcast. Per word: NV loads of queries and R broadcasts for R · NV multiply-adds.
+// few_scores: scores [key][stride] of up to kFewRows rows, the width in lanes.
 // weigh_values: out [row][width] += Σ_j weight_rj · v_j, the width in lanes, R rows at a time: per key NV loads and R
 //     broadcasts for R · NV multiply-adds. With pairs two keys share a step.
 #pragma once
@@ -43,7 +44,7 @@ MMREC_INLINE void in_parts(int64_t count, const Run& run) {
   }
 }
 
-template <typename Dot, int R, int NV>
+template <typename Dot, int R, int NV, bool kAdd>
 __attribute__((noinline)) void score_tile(const typename Dot::Word* const* keys, const typename Dot::Word* queries,
                                           int64_t lanes, int64_t depth, typename Dot::Sum* scores, int64_t stride) {
   using V = Vec<typename Dot::Sum>;
@@ -69,7 +70,10 @@ __attribute__((noinline)) void score_tile(const typename Dot::Word* const* keys,
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 2
-    for (int v = 0; v < NV; ++v) store(scores + r * stride + v * V::kLanes, sums[r][v]);
+    for (int v = 0; v < NV; ++v) {
+      typename Dot::Sum* const to = scores + r * stride + v * V::kLanes;
+      store(to, kAdd ? add(load(to), sums[r][v]) : sums[r][v]);
+    }
   }
 }
 
@@ -95,8 +99,8 @@ struct Fetch {
   }
 };
 
-// `keys` has one entry more than `count`; `scores` one row more. While some keys are multiplied, as many rows are fetched.
-template <typename Dot>
+// `scores` = or, with kAdd, += the products. `keys` has one entry more than `count`; `scores` one row more. While some keys are multiplied, as many rows are fetched.
+template <typename Dot, bool kAdd = false>
 void score_block(const typename Dot::Word* const* keys, int64_t count, const typename Dot::Word* queries, int64_t lanes,
                  int64_t depth, typename Dot::Sum* scores, int64_t stride, const Fetch& fetch = {}) {
   constexpr int64_t kLanes = Vec<typename Dot::Sum>::kLanes;
@@ -105,11 +109,68 @@ void score_block(const typename Dot::Word* const* keys, int64_t count, const typ
       constexpr int R = decltype(part)::value;
       if (lane == 0) fetch(first, first + R < count ? first + R : fetch.count);
       if (lanes - lane > kLanes) {
-        score_tile<Dot, R, 2>(keys + first, queries + lane, lanes, depth, scores + first * stride + lane, stride);
+        score_tile<Dot, R, 2, kAdd>(keys + first, queries + lane, lanes, depth, scores + first * stride + lane, stride);
       } else {
-        score_tile<Dot, R, 1>(keys + first, queries + lane, lanes, depth, scores + first * stride + lane, stride);
+        score_tile<Dot, R, 1, kAdd>(keys + first, queries + lane, lanes, depth, scores + first * stride + lane, stride);
       }
     });
+  }
+}
+
+// Four keys and R rows: a key is loaded once for all of them.
+template <int R, typename Raw, typename T>
+MMREC_INLINE void few_scores_tile(const Raw* const (&keys)[4], const T* queries, int64_t padded_width, T* scores,
+                                  int64_t stride) {
+  using V = Vec<T>;
+  V sums[R][4];
+#pragma GCC unroll 4
+  for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) sums[r][i] = broadcast(T(0));
+  }
+  for (int64_t d = 0; d < padded_width; d += V::kLanes) {
+    V k[4];
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; ++i) k[i] = load(keys[i] + d);
+#pragma GCC unroll 4
+    for (int r = 0; r < R; ++r) {
+      const V q = load(queries + r * padded_width + d);
+#pragma GCC unroll 4
+      for (int i = 0; i < 4; ++i) sums[r][i] = fma(k[i], q, sums[r][i]);
+    }
+  }
+  transposed_sums<R>(sums, scores, stride);
+}
+
+// q_r · k_j for rows of whole vectors; `scores` has three keys more than `count`.
+template <typename Raw, typename T>
+void few_scores(const Raw* const* keys, int64_t count, const T* queries, int64_t rows, int64_t padded_width, T* scores,
+                int64_t stride, const Fetch& fetch = {}) {
+#if defined(__AVX512F__)
+  constexpr int64_t kMost = 4;
+#else
+  constexpr int64_t kMost = 2;
+#endif
+  const int64_t each = fetch.each((count + 3) / 4);
+  for (int64_t j = 0; j < count; j += 4) {
+    fetch(j / 4 * each, (j / 4 + 1) * each);
+    const Raw* const four[4] = {keys[j], keys[at_most(j + 1, count - 1)], keys[at_most(j + 2, count - 1)],
+                                keys[at_most(j + 3, count - 1)]};
+    // Six rows are twice three, and five three and two.
+    const int64_t most = rows <= kMost ? rows : at_most((rows + 1) / 2, kMost);
+    for (int64_t r = 0; r < rows; r += most) {
+      const T* const q = queries + r * padded_width;
+      T* const to = scores + j * stride + r;
+      switch (at_most(most, rows - r)) {
+        case 1: few_scores_tile<1>(four, q, padded_width, to, stride); break;
+        case 2: few_scores_tile<2>(four, q, padded_width, to, stride); break;
+#if defined(__AVX512F__)
+        case 3: few_scores_tile<3>(four, q, padded_width, to, stride); break;
+        case 4: few_scores_tile<4>(four, q, padded_width, to, stride); break;
+#endif
+        default: break;
+      }
+    }
   }
 }
 

@@ -62,7 +62,6 @@ class Groups {
     ahead_ = arena.take<const char*>(kGroupTokens);
     staged_ = arena.take<Staged<Kind>>(kInPlace ? 0 : kGroupTokens * router.width);
     logits_ = arena.take<T>((kGroupTokens + kGroup) * router.lanes);
-    chain_ = arena.take<T>(router.width > kLogitChain ? (kGroupTokens + kGroup) * router.lanes : 0);
     columns_ = arena.take<T>(router.experts * kGroupTokens);
   }
 
@@ -136,10 +135,13 @@ class Groups {
     const int64_t depth = words_of(r_.width, Dot::kColumns);
     for (int64_t word = 0; word == 0 || word < depth; word += kLogitChain) {
       for (int64_t i = 0; i <= count; ++i) part_[i] = rows_[i] + word * Dot::kColumns;
-      T* const to = word == 0 ? logits_ : chain_;
-      score_block<Dot>(reinterpret_cast<const Word* const*>(part_), count, gate + word * r_.lanes, r_.lanes,
-                       at_most(depth - word, kLogitChain), to, r_.lanes, word == 0 ? fetch_ : Fetch());
-      for (int64_t n = 0; word > 0 && n < count * r_.lanes; ++n) logits_[n] += chain_[n];
+      const auto* const words = reinterpret_cast<const Word* const*>(part_);
+      const int64_t chain = at_most(depth - word, kLogitChain);
+      if (word == 0) {
+        score_block<Dot>(words, count, gate, r_.lanes, chain, logits_, r_.lanes, fetch_);
+      } else {
+        score_block<Dot, true>(words, count, gate + word * r_.lanes, r_.lanes, chain, logits_, r_.lanes);
+      }
     }
     pack_lanes<Plain<T>>(logits_, r_.lanes, count, r_.experts, kGroupTokens, columns_);
   }
@@ -150,7 +152,7 @@ class Groups {
   Fetch fetch_;
   const Staged<Kind>**rows_, **part_;
   Staged<Kind>* staged_;
-  T *logits_, *chain_, *columns_;
+  T *logits_, *columns_;
 };
 
 // The experts that a modality may use.
