@@ -36,13 +36,14 @@ def _parser() -> argparse.ArgumentParser:
         action="store_true",
         help="also our CUDA C++ kernels that do not serve yet; retrieval and attention on cuda",
     )
+    parser.add_argument("--where", metavar="SIZE=N[,SIZE=N]", help="only shapes of these sizes, named as in the table")
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
     parser.add_argument(
         "--seconds", type=float, default=10.0, help="time per case beyond the least number of calls; default: 10"
     )
-    where = parser.add_mutually_exclusive_group()
-    where.add_argument("--json", type=Path, metavar="FILE", help="write the rows there after every case")
-    where.add_argument("--json-dir", type=Path, metavar="DIR", help="write them to DIR/<device>/<op>.json")
+    target = parser.add_mutually_exclusive_group()
+    target.add_argument("--json", type=Path, metavar="FILE", help="write the rows there after every case")
+    target.add_argument("--json-dir", type=Path, metavar="DIR", help="write them to DIR/<device>/<op>.json")
     return parser
 
 
@@ -69,6 +70,21 @@ def _ks(parser: argparse.ArgumentParser, args: argparse.Namespace, module: Modul
     if not all(1 <= k <= most for k in ks):
         parser.error(f"--k must be in 1 to {most} for the {args.shapes} shapes, got {args.k!r}")
     return {"ks": ks}
+
+
+def _where(parser: argparse.ArgumentParser, given: str, cases: Sequence[Case]) -> list[Case]:
+    """The cases whose shapes have the sizes that are `given`."""
+    sizes = {}
+    for part in given.split(","):
+        name, _, size = part.partition("=")
+        if not size.isdecimal():
+            parser.error(f"--where must be sizes like batch=256, with commas between them, got {part!r}")
+        sizes[name] = int(size)
+    found = [case for case in cases if all(case.shape.get(name) == size for name, size in sizes.items())]
+    if not found:
+        shapes = dict.fromkeys(table.shape_text(case.shape) for case in cases)
+        parser.error(f"--where {given}: no shape has these sizes; there are\n  " + "\n  ".join(shapes))
+    return found
 
 
 def _path(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path | None:
@@ -112,6 +128,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.threads is not None:
         torch.set_num_threads(args.threads)
     cases = module.cases(args.shapes, args.device, dtypes, modes, **options)
+    if args.where is not None:
+        cases = _where(parser, args.where, cases)
     try:
         return _run(cases, args.device, args.seconds, path)
     except KeyboardInterrupt:

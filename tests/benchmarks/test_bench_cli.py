@@ -67,6 +67,14 @@ def test_run_prints_and_writes(tiny, tmp_path, capsys):
     assert out.count("LOST") == 2 * lost  # at the case and in the summary
 
 
+def test_where_selects_shapes(tiny, tmp_path):
+    path = tmp_path / "rows.json"
+    shape = retrieval.SHAPES["small"][0]
+    assert cli.main(arguments("--json", str(path), "--where", f"items={shape[1]},queries={shape[0]}")) == 0
+    sizes = {(row["shape"]["queries"], row["shape"]["items"]) for row in json.loads(path.read_text())["rows"]}
+    assert sizes == {shape[:2]}
+
+
 def test_a_missing_peer_is_listed(tiny, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(retrieval._FAISS, "float32", (("flat", "flat float32"),))
     real = retrieval.Provider.missing
@@ -164,6 +172,11 @@ def test_json_dir_is_by_device(tiny, tmp_path):
         (["--op", "retrieval", "--k", "0"], "--k must be in 1 to 4000 for the small shapes, got '0'"),
         (["--op", "retrieval", "--k", "10,5000"], "--k must be in 1 to 4000"),
         (["--op", "infonce", "--k", "10"], "--k is an option of --op retrieval, got --op infonce"),
+        (
+            ["--op", "routing", "--where", "tokens"],
+            "--where must be sizes like batch=256, with commas between them, got",
+        ),
+        (["--op", "routing", "--where", "tokens=3"], "--where tokens=3: no shape has these sizes; there are"),
         (["--op", "attention", "--candidates"], "--candidates is an option of retrieval and attention on cuda, got"),
         (["--op", "retrieval", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["--op", "retrieval", "--seconds", "nan"], "--seconds must not be negative, got nan"),

@@ -170,6 +170,8 @@ def test_ratios():
     assert (found.ours, found.best_peer, found.speedup, found.over_floor) == ("ours", "peer b", 1.5, 4.0)
     lost = compare(rows[1:], {"ours, other kernel"}, 0.5, {})
     assert (lost.best_peer, lost.speedup) == ("peer b", 0.75)
+    beside = compare(rows, {"ours"}, 0.5, {}, {"peer b", "ours, other kernel"})
+    assert (beside.best_peer, beside.speedup) == ("peer a", 4.5)
     alone = compare(rows[:1], {"ours"}, 0.5, {})
     assert (alone.best_peer, alone.speedup) == (None, None)
 
