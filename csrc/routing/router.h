@@ -7,8 +7,7 @@
 #pragma once
 
 #include "../common/arena.h"
-#include "../common/exp2.h"
-#include "../common/log.h"
+#include "../common/functions.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
 #include "../common/tiles.h"
@@ -19,32 +18,6 @@ namespace MMREC_ISA {
 namespace {
 
 constexpr int64_t kGroupTokens = 64, kLogitChain = 256;
-constexpr double kLog2E = 1.4426950408889634074;
-
-// e^x; 0 where that would not be a normal number.
-template <typename T, typename V = Vec<T>>
-MMREC_INLINE V exp_of(V x) {
-  const V y = mul(x, broadcast(T(kLog2E)));
-  return select(greater(broadcast(T(Exp2<T>::kLowest)), y), broadcast(T(0)), exp2<T>(y));
-}
-
-template <typename T, typename V = Vec<T>>
-MMREC_INLINE V magnitude(V x) {
-  return max(sub(broadcast(T(0)), x), x);
-}
-
-// log σ(x) = min(x, 0) − log(1 + e^−|x|).
-template <typename T, typename V = Vec<T>>
-MMREC_INLINE V log_sigmoid(V x) {
-  const V zero = broadcast(T(0)), least = sub(zero, max(zero, sub(zero, x)));
-  return sub(least, log(add(broadcast(T(1)), exp_of<T>(sub(zero, magnitude<T>(x))))));
-}
-
-template <typename T, typename V = Vec<T>>
-MMREC_INLINE V sigmoid(V x) {
-  const V zero = broadcast(T(0)), one = broadcast(T(1)), y = exp_of<T>(sub(zero, magnitude<T>(x)));
-  return div(select(greater(zero, x), y, one), add(one, y));
-}
 
 template <typename Kind, typename T>
 class Groups {

@@ -5,10 +5,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 from routing_oracle import GATED, assert_within_rule, eager_experts, naive_experts, naive_ffn, normal
+from routing_providers import use_reference
 
-from mmrec_kernels import schemas
+from mmrec_kernels import library, schemas
 from mmrec_kernels.routing import SharedExpert, autograd, mixture_of_experts, reference_experts, route
 from mmrec_kernels.routing.reference_experts import ACTIVATIONS
+
+pytestmark = pytest.mark.usefixtures("provider")
 
 T, D, E, F, K = 9, 4, 5, 3, 2
 
@@ -172,6 +175,7 @@ def test_a_list_of_routings_shares_one_pass(monkeypatch):
     (only,) = mixture_of_experts(x, (gates[0],), **params, shared=shared)
     torch.testing.assert_close(only, alone[0])
 
+    use_reference(monkeypatch)
     rows = []
     linear = reference_experts.linear
     monkeypatch.setattr(reference_experts, "linear", lambda a, *w: (rows.append(len(a)), linear(a, *w))[1])
@@ -278,9 +282,13 @@ def test_saved_pre_activations():
 
 
 def test_wide_tokens_save_and_narrow_ones_recompute(monkeypatch):
-    seen = []
-    forward = schemas.experts_forward
-    monkeypatch.setattr(schemas, "experts_forward", lambda *a: (seen.append(a[-1]), forward(*a))[1])
+    seen, served = [], library.call
+
+    def call(op, *args):
+        seen.extend(args[-1:] if op is schemas.experts_forward else ())
+        return served(op, *args)
+
+    monkeypatch.setattr(library, "call", call)
     for width in (autograd.SAVE_HIDDEN_WIDTH - 1, autograd.SAVE_HIDDEN_WIDTH):
         x = normal(2, width).requires_grad_()
         one = SimpleNamespace(weights=torch.ones(2, 1), experts=torch.zeros(2, 1, dtype=torch.int64))

@@ -1,0 +1,150 @@
+"""The compiled experts over many tiles, chunks and passes, where the contract tests fit into one."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from routing_oracle import GATED, normal
+from routing_providers import use_reference
+from torch import Tensor
+
+from mmrec_kernels import library, schemas
+from mmrec_kernels.routing import SharedExpert, mixture_of_experts
+from mmrec_kernels.routing.reference_experts import ACTIVATIONS
+from numerics import errors
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float64)
+# Activated products are rounded to bfloat16 where the processor multiplies pairs of these.
+LIMIT = {torch.float32: 2e-6, torch.bfloat16: 2 * torch.finfo(torch.bfloat16).eps, torch.float64: 1e-13}
+
+
+def given(
+    tokens: int,
+    width: int,
+    hidden: int,
+    experts: int,
+    k: int,
+    dtype: torch.dtype,
+    activation: str = "swiglu",
+    gates: int = 1,
+) -> dict[str, Any]:
+    """Arguments of `mixture_of_experts` with everything: biases, a shared expert of another width, empty slots."""
+    rows, shared = (2 * hidden, 2 * (hidden + 2)) if activation in GATED else (hidden, hidden + 2)
+    ids = torch.randint(-1, experts, (gates, tokens, k), generator=torch.Generator().manual_seed(1))
+    ids[:, 1:2] = -1
+    return {
+        "x": normal(tokens, width).to(dtype),
+        "routing": [
+            SimpleNamespace(weights=normal(tokens, k, seed=2 + g).to(dtype), experts=ids[g]) for g in range(gates)
+        ],
+        "w_in": (normal(experts, rows, width, seed=10) / width**0.5).to(dtype),
+        "w_out": (normal(experts, width, hidden, seed=11) / hidden**0.5).to(dtype),
+        "b_in": normal(experts, rows, seed=12).to(dtype),
+        "b_out": normal(experts, width, seed=13).to(dtype),
+        "shared": SharedExpert(
+            (normal(shared, width, seed=14) / width**0.5).to(dtype),
+            (normal(width, hidden + 2, seed=15) / hidden**0.5).to(dtype),
+            normal(width, seed=16).to(dtype),
+        ),
+        "activation": activation,
+    }
+
+
+def wide(arguments: dict[str, Any]) -> dict[str, Any]:
+    def widen(value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return value.double() if value.is_floating_point() else value
+        if isinstance(value, SharedExpert):
+            return SharedExpert(*map(widen, value))
+        if isinstance(value, list):
+            return [SimpleNamespace(weights=r.weights.double(), experts=r.experts) for r in value]
+        return value
+
+    return {name: widen(value) for name, value in arguments.items()}
+
+
+def assert_equals_the_reference(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = mixture_of_experts(**arguments)
+    with monkeypatch.context() as patch:
+        use_reference(patch)
+        exact = mixture_of_experts(**wide(arguments))
+    for one, other in zip(found, exact, strict=True):
+        assert max(errors(one, other)) <= LIMIT[arguments["x"].dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations(activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_equals_the_reference(given(150, 32, 48, 3, 2, dtype, activation), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width, hidden", [(1, 1), (7, 5), (32, 300), (300, 129), (600, 16), (34, 258)])
+@pytest.mark.parametrize("tokens", [0, 1, 5, 63, 700])
+def test_any_size(tokens: int, width: int, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_equals_the_reference(given(tokens, width, hidden, 4, 2, dtype), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [1, 2, 3, 4, 5, 6, 7])
+@pytest.mark.parametrize("activation", ["swiglu", "gelu"])
+def test_few_tokens(tokens: int, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Widths of whole vectors, so that up to six tokens have the width in lanes; of shared experts too."""
+    arguments = given(tokens, 64, 112, 3, 3, dtype, activation)
+    assert_equals_the_reference(arguments, monkeypatch)
+    rows = 224 if activation in GATED else 112
+    shared = SharedExpert(
+        (normal(rows, 64, seed=3) / 8).to(dtype), (normal(64, 112, seed=4) / 8).to(dtype), normal(64, seed=5).to(dtype)
+    )
+    assert_equals_the_reference({**arguments, "shared": shared}, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("experts, k", [(1, 1), (3, 3), (17, 2), (64, 2)])
+def test_gates_and_experts(experts: int, k: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_equals_the_reference(given(400, 24, 40, experts, k, dtype, gates=3), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [4, 300])
+def test_the_same_bits_for_any_number_of_threads(tokens: int, dtype: torch.dtype, threads: Any) -> None:
+    arguments = given(tokens, 64, 80, 5, 2, dtype, gates=2)
+    results = []
+    for count in (1, 2, 4, 1):
+        threads(count)
+        results.append(mixture_of_experts(**arguments))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_token_has_the_same_bits_whoever_is_beside_it(dtype: torch.dtype) -> None:
+    """Tiles of one token and of sixty-four give the same; so do many passes over the tokens and one."""
+    arguments = given(9000, 16, 24, 6, 2, dtype)
+    (together,) = mixture_of_experts(**arguments)
+    for tokens in (slice(0, 7), slice(4000, 4300), slice(8990, 9000)):
+        (routing,) = arguments["routing"]
+        own = SimpleNamespace(weights=routing.weights[tokens], experts=routing.experts[tokens])
+        (alone,) = mixture_of_experts(**{**arguments, "x": arguments["x"][tokens], "routing": [own]})
+        assert torch.equal(alone, together[tokens])
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("tokens", [5, 5000])
+def test_saved_hidden_rows_are_where_the_reference_has_them(
+    tokens: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = given(tokens, 32, 48, 4, 2, dtype, gates=2)
+    weights, experts = (torch.stack([getattr(r, n) for r in arguments["routing"]]) for n in ("weights", "experts"))
+    call = (
+        arguments["x"], weights.to(schemas.statistics_dtype(dtype)), experts, arguments["w_in"], arguments["w_out"],
+        arguments["b_in"], arguments["b_out"], *arguments["shared"], "swiglu", True,
+    )  # fmt: skip
+    found = library.call(schemas.experts_forward, *call)
+    use_reference(monkeypatch)
+    exact = library.call(schemas.experts_forward, *call)
+    for one, other in zip(found, exact, strict=True):
+        assert max(errors(one, other)) <= LIMIT[dtype]
