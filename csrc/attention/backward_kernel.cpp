@@ -496,7 +496,7 @@ class Task {
       }
       const Staged<Kind>* const spare = keys_.key_rows[count];
       if (count % 2 != 0) keys_.key_rows[count] = shared_.zeros;
-      weigh_value_pairs(shared_.query_words, block.rows, keys_.key_rows, (count + 1) / 2, widths_.width, block.sums);
+      weigh_value_pairs<1, kBlockRows>(shared_.query_words, block.rows, keys_.key_rows, (count + 1) / 2, widths_.width, block.sums);
       keys_.key_rows[count] = spare;
       return;
     }

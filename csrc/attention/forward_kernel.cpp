@@ -321,7 +321,7 @@ class Task {
 #if defined(__AVX512BF16__)
     if constexpr (Dot::kColumns == 2) {
       if (keys % 2 != 0) keys_.value_rows[keys] = shared_.zeros;
-      weigh_value_pairs(shared_.weights, block.rows, keys_.value_rows, (keys + 1) / 2, widths_.value_width, block.out,
+      weigh_value_pairs<1, kBlockRows>(shared_.weights, block.rows, keys_.value_rows, (keys + 1) / 2, widths_.value_width, block.out,
                         ahead_.values(kv_head));
       return;
     }

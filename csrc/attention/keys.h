@@ -7,7 +7,8 @@
 #include "../common/exp2.h"
 #include "../common/pack.h"
 #include "../common/rows.h"
-#include "tiles.h"
+#include "../common/pairs.h"
+#include "attention_kernel.h"
 
 namespace mmrec {
 namespace MMREC_ISA {

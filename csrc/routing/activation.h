@@ -45,6 +45,46 @@ void activate(Activation activation, T* h, const T* up, int64_t count) {
   }
 }
 
+// Calls run(act) with act(h, value, slope), which finds the activation of h, or of the gate, and its derivative.
+template <typename T, typename Run>
+MMREC_INLINE void with_slope(Activation activation, const Run& run) {
+  using V = Vec<T>;
+  const V zero = broadcast(T(0)), one = broadcast(T(1));
+  switch (activation) {
+    case Activation::kSwiglu:
+    case Activation::kSilu:
+      return run([&](V h, V& value, V& slope) __attribute__((always_inline)) {
+        const V s = sigmoid<T>(h);
+        value = mul(h, s);
+        slope = mul(s, fma(h, sub(one, s), one));
+      });
+    case Activation::kGeglu:
+    case Activation::kGelu:
+      return run([&](V h, V& value, V& slope) __attribute__((always_inline)) {
+        const V half = broadcast(T(0.5)), share = mul(half, erfc_of(mul(h, broadcast(T(-0.70710678118654752440)))));
+        const V density = mul(broadcast(T(0.39894228040143267794)), exp_of<T>(sub(zero, mul(half, mul(h, h)))));
+        value = mul(h, share);
+        slope = fma(h, density, share);
+      });
+    case Activation::kRelu:
+      return run([&](V h, V& value, V& slope) __attribute__((always_inline)) {
+        value = max(zero, h);
+        slope = select(greater(h, zero), one, zero);
+      });
+    case Activation::kRelu2:
+      return run([&](V h, V& value, V& slope) __attribute__((always_inline)) {
+        const V positive = max(zero, h);
+        value = mul(positive, positive);
+        slope = add(positive, positive);
+      });
+    case Activation::kIdentity:
+      return run([&](V h, V& value, V& slope) __attribute__((always_inline)) {
+        value = h;
+        slope = one;
+      });
+  }
+}
+
 }  // namespace
 }  // namespace MMREC_ISA
 }  // namespace mmrec

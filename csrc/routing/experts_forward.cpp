@@ -15,35 +15,6 @@ namespace {
 using torch::headeronly::ScalarType;
 using Results = std::tuple<Tensor, Tensor, Tensor>;
 
-// Of the pairs' outputs. What a pass holds depends on sizes alone.
-constexpr int64_t kPassBytes = int64_t{64} << 20, kLeastPass = 4096;
-
-// The pre-activations that are kept for the backward.
-struct Kept {
-  char *hidden, *shared;
-  int64_t row_bytes;
-  std::vector<int64_t> next;  // per expert, the row of its next pair over all tokens
-};
-
-template <typename T>
-std::vector<ExpertTile> tiles_of(const ExpertsProblem<T>& problem, const ExpertsPlan& plan, Kept* kept) {
-  std::vector<ExpertTile> tiles;
-  for (int64_t e = 0; e <= problem.experts; ++e) {
-    const int64_t end = plan.first[static_cast<size_t>(e + 1)];
-    for (int64_t at = plan.first[static_cast<size_t>(e)]; at < end; at += kTileTokens) {
-      const int64_t count = std::min(kTileTokens, end - at);
-      char* hidden = nullptr;
-      if (kept != nullptr && e < problem.experts) {
-        hidden = kept->hidden + kept->next[static_cast<size_t>(e)] * kept->row_bytes;
-        kept->next[static_cast<size_t>(e)] += count;
-      }
-      if (kept != nullptr && e == problem.experts) hidden = kept->shared;
-      tiles.push_back({problem.expert(e), at, count, hidden, e == problem.experts});
-    }
-  }
-  return tiles;
-}
-
 template <typename T>
 Results forward_as(const ExpertsArguments& arguments, bool save_hidden) {
   ExpertsProblem<T> problem(arguments);
@@ -61,26 +32,20 @@ Results forward_as(const ExpertsArguments& arguments, bool save_hidden) {
   Tensor gate = x;
   if (arguments.shared_gate) gate = torch::stable::contiguous(torch::stable::to(*arguments.shared_gate, kType));
 
-  Kept kept{};
+  KeptHidden kept;
   if (save_hidden) {
-    const int64_t element = x.element_size();
-    kept = {static_cast<char*>(hidden.mutable_data_ptr()), static_cast<char*>(shared_hidden.mutable_data_ptr()),
-            rows * element, std::vector<int64_t>(static_cast<size_t>(problem.experts), 0)};
-    const std::vector<int64_t> counts = problem.counts();
-    for (size_t e = 1; e < counts.size(); ++e) kept.next[e] = kept.next[e - 1] + counts[e - 1];
+    kept = problem.kept_hidden(hidden.mutable_data_ptr(), shared_hidden.mutable_data_ptr(), x.element_size());
     // Rows that no pair owns are 0, so that two calls give the same.
-    const int64_t used = kept.next.back() + counts.back();
-    std::memset(kept.hidden + used * kept.row_bytes, 0, static_cast<size_t>((tokens * pairs_each - used) * kept.row_bytes));
+    std::memset(kept.hidden + kept.used * kept.row_bytes, 0, static_cast<size_t>((tokens * pairs_each - kept.used) * kept.row_bytes));
   }
-  const int64_t most = (pairs_each + (problem.has_shared ? 1 : 0)) * padded * static_cast<int64_t>(sizeof(T));
-  const int64_t step = std::max(kLeastPass, kPassBytes / std::max<int64_t>(most, 1));
+  const int64_t step = problem.tokens_of_pass(padded * static_cast<int64_t>(sizeof(T)));
   for (int64_t first = 0; first < tokens; first += step) {
     const int64_t last = std::min(first + step, tokens);
     const ExpertsPlan plan = problem.plan(first, last);
     const Buffer<T> y(static_cast<int64_t>(plan.tokens.size()) * padded);
     problem.pass.tokens = plan.tokens.data();
     problem.pass.y = y.get();
-    const std::vector<ExpertTile> tiles = tiles_of(problem, plan, save_hidden ? &kept : nullptr);
+    const std::vector<ExpertTile> tiles = problem.tiles(plan, save_hidden ? &kept : nullptr);
     const int64_t bytes = kernels.scratch_bytes(problem.pass), shared_bytes = shared_rows * x.element_size();
     for (int64_t t = first; save_hidden && problem.has_shared && t < last; ++t) {
       if (plan.shared[static_cast<size_t>(t - first)] < 0) std::memset(kept.shared + t * shared_bytes, 0, static_cast<size_t>(shared_bytes));

@@ -8,37 +8,33 @@
 //
 // Work: 6 · pairs · width · hidden flops if gated, else 4; weights are read once per tile.
 
-#include "../common/arena.h"
-#include "../common/pack.h"
-#include "../common/rows.h"
-#include "../common/tiles.h"
-#include "activation.h"
+#include "experts_tile.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
 
-// kRows: weights' rows that are multiplied while they stay in the first level of cache.
-constexpr int64_t kHidden = 128, kRows = 2 * kGroup, kChain = 256;
 // Words from one row of results to the next, where tokens are few.
 constexpr int64_t kFewStride = 8;
 
 template <typename Kind, typename T>
-class Task {
-  using Raw = typename Kind::Raw;
-  using Dot = typename Kind::Dot;
-  using Word = typename Dot::Word;
-  using V = Vec<T>;
-  static constexpr int kLanes = V::kLanes;
-  static constexpr bool kInPlace = std::is_same_v<Raw, Staged<Kind>>;
+class Task : Tile<Kind, T> {
+  using Base = Tile<Kind, T>;
+  using typename Base::Dot;
+  using typename Base::Raw;
+  using typename Base::V;
+  using typename Base::Word;
+  using Base::gate_;
+  using Base::kLanes;
+  using Base::p_;
+  using Base::packed_;
+  using Base::padded_;
+  using Base::y_;
 
  public:
-  Task(const ExpertPass<T>& pass, Arena& arena) : p_(pass), padded_(round_up(pass.width, kLanes)) {
-    const int64_t widest = p_.width > p_.most_hidden ? p_.width : p_.most_hidden;
-    rows_ = arena.take<const Staged<Kind>*>(kRows + 1);
-    part_ = arena.take<const Staged<Kind>*>(kRows + 1);
-    ahead_ = arena.take<const char*>(kRows);
+  Task(const ExpertPass<T>& pass, Arena& arena) : Base(pass, arena) {
     if (p_.few) {
+      const int64_t widest = p_.width > p_.most_hidden ? p_.width : p_.most_hidden;
       few_rows_ = arena.take<const Raw*>(kRows);
       queries_ = arena.take<T>(kFewRows * widest);
       gate_ = arena.take<T>((p_.most_hidden + 4) * kFewStride);
@@ -46,37 +42,27 @@ class Task {
       y_ = arena.take<T>((padded_ + 4) * kFewStride);
       return;
     }
-    staged_ = arena.take<Staged<Kind>>(kInPlace ? 0 : kRows * (widest + 2));
-    tokens_ = arena.take<Staged<Kind>>(kTileTokens * (p_.width + 2));
-    packed_ = arena.take<Word>(words_of(p_.width, Dot::kColumns) * kTileTokens + 64);
-    gate_ = arena.take<T>((kHidden + 1) * kTileTokens);
     up_ = arena.take<T>((kHidden + 1) * kTileTokens);
     words_ = arena.take<Word>(Dot::kColumns == 2 ? kHidden / 2 * kTileTokens : 0);
-    y_ = arena.take<T>((padded_ + kGroup) * kTileTokens);
     turned_ = arena.take<T>(kTileTokens * kHidden);
   }
 
   void run(const ExpertTile& tile) { p_.few ? few(tile) : many(tile); }
 
  private:
-  const Raw* token(const ExpertTile& tile, int64_t i) const {
-    return static_cast<const Raw*>(p_.x) + p_.tokens[tile.first + i] * p_.x_stride;
-  }
-
   // Tokens in lanes.
   void many(const ExpertTile& tile) {
     const Expert& expert = tile.expert;
     const int64_t lanes = round_up(tile.count, kLanes), width = p_.width, hidden = expert.hidden;
-    for (int64_t i = 0; i < tile.count; ++i) stage(token(tile, i), width, width, tokens_ + i * width);
-    pack_lanes<Dot>(tokens_, width, tile.count, width, lanes, packed_);
+    this->pack_tokens(tile, lanes);
     const auto* const w_in = static_cast<const Raw*>(expert.w_in);
     const auto* const w_out = static_cast<const Raw*>(expert.w_out);
     for (int64_t first = 0; first < hidden; first += kHidden) {
       const int64_t count = at_most(kHidden, hidden - first);
-      multiply_rows<false>(w_in + first * width, count, width, width, packed_, lanes, gate_);
+      this->template multiply_rows<false>(w_in + first * width, count, width, width, packed_, lanes, gate_);
       finish_hidden(tile, first, count, lanes, gate_);
       if (is_gated(p_.activation)) {
-        multiply_rows<false>(w_in + (hidden + first) * width, count, width, width, packed_, lanes, up_);
+        this->template multiply_rows<false>(w_in + (hidden + first) * width, count, width, width, packed_, lanes, up_);
         finish_hidden(tile, hidden + first, count, lanes, up_);
       }
       activate(p_.activation, gate_, up_, count * lanes);
@@ -94,69 +80,24 @@ class Task {
         activated = gate_;
       }
       if (first == 0) {
-        multiply_rows<false>(w_out + first, width, hidden, count, activated, lanes, y_);
+        this->template multiply_rows<false>(w_out + first, width, hidden, count, activated, lanes, y_);
       } else {
-        multiply_rows<true>(w_out + first, width, hidden, count, activated, lanes, y_);
+        this->template multiply_rows<true>(w_out + first, width, hidden, count, activated, lanes, y_);
       }
     }
-    add_bias(expert.b_out, 0, width, lanes, y_);
+    this->add_bias(expert.b_out, 0, width, lanes, y_);
     if (padded_ > width) std::memset(y_ + width * lanes, 0, sizeof(T) * static_cast<size_t>((padded_ - width) * lanes));
     pack_lanes<Plain<T>>(y_, lanes, padded_, tile.count, padded_, p_.y + tile.first * padded_);
   }
 
-  // out [row][lanes] = or += `count` rows, `depth` elements of each, times the tokens.
-  template <bool kAdd>
-  void multiply_rows(const Raw* matrix, int64_t count, int64_t stride, int64_t depth, const Word* tokens, int64_t lanes, T* out) {
-    const int64_t words = words_of(depth, Dot::kColumns);
-    for (int64_t row = 0; row < count; row += kRows) {
-      const int64_t here = at_most(kRows, count - row), next = at_most(kRows, count - row - here);
-      for (int64_t i = 0; i < here; ++i) {
-        const Raw* const from = matrix + (row + i) * stride;
-        if constexpr (kInPlace) {
-          rows_[i] = from;
-        } else {
-          rows_[i] = staged_ + i * depth;
-          stage(from, depth, depth, staged_ + i * depth);
-        }
-      }
-      rows_[here] = rows_[here - 1];
-      for (int64_t i = 0; i < next; ++i) ahead_[i] = reinterpret_cast<const char*>(matrix + (row + here + i) * stride);
-      Fetch fetch{ahead_, next, depth * static_cast<int64_t>(sizeof(Raw)), 0};
-      for (int64_t word = 0; word < words; word += kChain) {
-        for (int64_t i = 0; i <= here; ++i) part_[i] = rows_[i] + word * Dot::kColumns;
-        const auto* const keys = reinterpret_cast<const Word* const*>(part_);
-        const int64_t chain = at_most(kChain, words - word);
-        if (kAdd || word > 0) {
-          score_block<Dot, true>(keys, here, tokens + word * lanes, lanes, chain, out + row * lanes, lanes, fetch);
-        } else {
-          score_block<Dot>(keys, here, tokens + word * lanes, lanes, chain, out + row * lanes, lanes, fetch);
-        }
-        fetch = {};
-      }
-    }
-  }
-
-  void add_bias(const void* bias, int64_t first, int64_t count, int64_t stride, T* rows) const {
-    if (bias == nullptr) return;
-    for (int64_t n = 0; n < count; ++n) {
-      const V b = broadcast(converted<T>(static_cast<const Raw*>(bias)[first + n]));
-      for (int64_t lane = 0; lane < stride; lane += kLanes) store(rows + n * stride + lane, add(load(rows + n * stride + lane), b));
-    }
-  }
-
-  Raw* kept_row(const ExpertTile& tile, int64_t i) const {
-    const int64_t row = tile.by_token ? p_.tokens[tile.first + i] : i;
-    return static_cast<Raw*>(tile.hidden) + row * tile.expert.rows(p_.activation);
-  }
-
   // Rows [first, first + count) of the pre-activations: their bias, and a copy to be kept.
   void finish_hidden(const ExpertTile& tile, int64_t first, int64_t count, int64_t lanes, T* rows) {
-    add_bias(tile.expert.b_in, first, count, lanes, rows);
+    this->add_bias(tile.expert.b_in, first, count, lanes, rows);
     if (tile.hidden == nullptr) return;
     const int64_t padded = round_up(count, kLanes);
     pack_lanes<Plain<T>>(rows, lanes, count, tile.count, padded, turned_);
     for (int64_t i = 0; i < tile.count; ++i) {
-      write_row(turned_ + i * padded, T(1), count, kept_row(tile, i) + first);
+      write_row(turned_ + i * padded, T(1), count, this->kept_row(tile, i) + first);
     }
   }
 
@@ -164,7 +105,7 @@ class Task {
   void few(const ExpertTile& tile) {
     const Expert& expert = tile.expert;
     const int64_t width = p_.width, hidden = expert.hidden;
-    for (int64_t i = 0; i < tile.count; ++i) stage(token(tile, i), width, width, queries_ + i * width);
+    for (int64_t i = 0; i < tile.count; ++i) stage(this->token(tile, i), width, width, queries_ + i * width);
     few_rows(tile, expert.w_in, hidden, width, gate_);
     finish_few(tile, 0, hidden, gate_);
     if (is_gated(p_.activation)) {
@@ -198,25 +139,15 @@ class Task {
     add_few_bias(tile.expert.b_in, first, count, rows);
     if (tile.hidden == nullptr) return;
     for (int64_t i = 0; i < tile.count; ++i) {
-      Raw* const to = kept_row(tile, i) + first;
+      Raw* const to = this->kept_row(tile, i) + first;
       for (int64_t n = 0; n < count; ++n) to[n] = converted<Raw>(rows[n * kFewStride + i]);
     }
   }
 
-  const ExpertPass<T>& p_;
-  const int64_t padded_;
-  const Staged<Kind>**rows_ = nullptr, **part_ = nullptr;
-  const char** ahead_ = nullptr;
   const Raw** few_rows_ = nullptr;
-  Staged<Kind>*staged_ = nullptr, *tokens_ = nullptr;
-  Word *packed_ = nullptr, *words_ = nullptr;
-  T *queries_ = nullptr, *gate_ = nullptr, *up_ = nullptr, *y_ = nullptr, *turned_ = nullptr;
+  Word* words_ = nullptr;
+  T *queries_ = nullptr, *up_ = nullptr, *turned_ = nullptr;
 };
-
-template <typename T>
-int64_t padded_width(int64_t width) {
-  return round_up(width, Vec<T>::kLanes);
-}
 
 template <typename T>
 bool is_whole(int64_t width, int64_t hidden) {
@@ -242,14 +173,6 @@ void compute(const ExpertPass<T>& pass, const ExpertTile& tile, char* scratch) {
   });
 }
 
-// σ(x · gate).
-template <typename Raw, typename T>
-T shared_coefficient(const Raw* x, const T* gate, int64_t width) {
-  T lanes[Vec<T>::kLanes];
-  store(lanes, sigmoid<T>(broadcast(static_cast<T>(dot_in_double(x, gate, width)))));
-  return lanes[0];
-}
-
 template <typename T>
 void combine(const ExpertPass<T>& pass, const Combination<T>& c, int64_t begin, int64_t end) {
   with_kind<T>(pass.element, [&](auto kind) {
@@ -261,7 +184,7 @@ void combine(const ExpertPass<T>& pass, const Combination<T>& c, int64_t begin, 
       const int64_t token = c.first + t;
       const int64_t shared = c.shared != nullptr ? c.shared[t] : -1;
       const Raw* const x = static_cast<const Raw*>(pass.x) + token * pass.x_stride;
-      const T own = shared < 0 ? T(0) : c.shared_gate == nullptr ? T(1) : shared_coefficient(x, c.shared_gate, width);
+      const T own = shared < 0 ? T(0) : c.shared_gate == nullptr ? T(1) : shared_coefficient(x, c.shared_gate, width, T(1));
       for (int64_t g = 0; g < c.gates; ++g) {
         const int64_t* const slots = c.slots + (g * (c.last - c.first) + t) * c.k;
         const T* const weights = c.weights + (g * c.tokens + token) * c.k;

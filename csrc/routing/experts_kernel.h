@@ -68,10 +68,53 @@ struct ExpertsForward {
   void (*combine)(const ExpertPass<T>&, const Combination<T>&, int64_t begin, int64_t end);
 };
 
-#define MMREC_DECLARE(isa)                       \
-  namespace isa {                                \
-  void experts_kernels(ExpertsForward<float>&);  \
-  void experts_kernels(ExpertsForward<double>&); \
+// What comes from above to the pairs of a pass, and where their gradients go. "Staged": the element type that the products read,
+// that of x or T.
+template <typename T>
+struct ExpertGradients {
+  int64_t gates, tokens, pairs;
+  const void* grad_out;      // [gates, tokens, width]
+  const T* coefficients;     // [gates, pairs]
+  const uint8_t* used;       // [gates, pairs]: whether the gate sends the pair's token there
+  T* grad_coefficients;      // [gates, pairs] or null
+  T* grad_rows;              // [pairs][padded width] or null: of x
+  void* grad_hidden;         // staged [pairs][hidden_stride] or null: of the pre-activations
+  void *activated, *grad_y;  // staged [pairs][…_stride] or null
+  int64_t hidden_stride, activated_stride, y_stride;
+};
+
+// Rows [first_row, first_row + rows) of a weight's gradient: Σ over the pairs [begin, end) of weights · values, the latter
+// activated rows or, where these are null, the pairs' tokens.
+struct OuterProduct {
+  const void* weights;
+  int64_t weights_stride, first_row, rows;
+  const void* activated;
+  int64_t activated_stride, width, begin, end;
+};
+
+template <typename T>
+struct ExpertsBackward {
+  int64_t outer_rows;  // the most rows of an OuterProduct
+  int64_t (*whole_width)(const ExpertPass<T>&, int64_t width);
+  int64_t (*staged_bytes)(const ExpertPass<T>&);
+  int64_t (*scratch_bytes)(const ExpertPass<T>&);
+  void (*differentiate)(const ExpertPass<T>&, const ExpertGradients<T>&, const ExpertTile&, char* scratch);
+  // Adds to `out` [rows, width] and to `bias` [rows] or null.
+  void (*add_outer)(const ExpertPass<T>&, const OuterProduct&, T* out, T* bias, char* scratch);
+  // σ(x · gate) of the pairs [begin, end), and 1 − that, to its own digits.
+  void (*find_shared_coefficients)(const ExpertPass<T>&, const T* gate, int64_t begin, int64_t end, T* coefficients, T* rest);
+  // sums [width] += factor · x of a token.
+  void (*add_token)(const ExpertPass<T>&, T factor, int64_t token, T* sums);
+  // A row of gradients in x's type.
+  void (*write)(const ExpertPass<T>&, const T* row, int64_t token, void* out);
+};
+
+#define MMREC_DECLARE(isa)                        \
+  namespace isa {                                 \
+  void experts_kernels(ExpertsForward<float>&);   \
+  void experts_kernels(ExpertsForward<double>&);  \
+  void experts_kernels(ExpertsBackward<float>&);  \
+  void experts_kernels(ExpertsBackward<double>&); \
   }
 MMREC_FOR_EACH_ISA(MMREC_DECLARE)
 #undef MMREC_DECLARE

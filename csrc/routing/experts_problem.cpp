@@ -17,6 +17,7 @@ namespace {
 constexpr const char* kActivations[] = {"swiglu", "geglu", "gelu", "relu", "relu2", "silu", "identity"};
 // Up to this many tokens the width lies in lanes.
 constexpr int64_t kFewTokens = 6;
+constexpr int64_t kPassBytes = int64_t{64} << 20, kLeastPass = 4096;
 
 }  // namespace
 
@@ -118,19 +119,51 @@ ExpertsPlan ExpertsProblem<T>::plan(int64_t begin, int64_t end) const {
 }
 
 template <typename T>
-std::vector<int64_t> ExpertsProblem<T>::counts() const {
-  std::vector<int64_t> found(static_cast<size_t>(experts), 0), seen(static_cast<size_t>(experts), -1);
+int64_t ExpertsProblem<T>::tokens_of_pass(int64_t pair_bytes) const {
+  const int64_t pairs = std::min(gates * k, experts) + (has_shared ? 1 : 0);
+  return std::max(kLeastPass, kPassBytes / std::max<int64_t>(pairs * pair_bytes, 1));
+}
+
+template <typename T>
+KeptHidden ExpertsProblem<T>::kept_hidden(void* hidden, void* shared, int64_t element_bytes) const {
+  KeptHidden kept{static_cast<char*>(hidden), static_cast<char*>(shared), all_.rows(pass.activation) * element_bytes, 0, {}};
+  kept.next.assign(static_cast<size_t>(experts), 0);
+  std::vector<int64_t> seen(static_cast<size_t>(experts), -1);
   for (int64_t t = 0; t < tokens; ++t) {
     for (int64_t g = 0; g < gates; ++g) {
       for (int64_t s = 0; s < k; ++s) {
         const int64_t e = ids_[(g * tokens + t) * k + s];
         if (e < 0 || seen[static_cast<size_t>(e)] == t) continue;
         seen[static_cast<size_t>(e)] = t;
-        ++found[static_cast<size_t>(e)];
+        ++kept.next[static_cast<size_t>(e)];
       }
     }
   }
-  return found;
+  for (int64_t& next : kept.next) {
+    const int64_t count = next;
+    next = kept.used;
+    kept.used += count;
+  }
+  return kept;
+}
+
+template <typename T>
+std::vector<ExpertTile> ExpertsProblem<T>::tiles(const ExpertsPlan& plan, KeptHidden* kept) const {
+  std::vector<ExpertTile> made;
+  for (int64_t e = 0; e <= experts; ++e) {
+    const int64_t end = plan.first[static_cast<size_t>(e + 1)];
+    for (int64_t at = plan.first[static_cast<size_t>(e)]; at < end; at += kTileTokens) {
+      const int64_t count = std::min(kTileTokens, end - at);
+      void* hidden = nullptr;
+      if (kept != nullptr && e < experts) {
+        hidden = kept->hidden + kept->next[static_cast<size_t>(e)] * kept->row_bytes;
+        kept->next[static_cast<size_t>(e)] += count;
+      }
+      if (kept != nullptr && e == experts) hidden = kept->shared;
+      made.push_back({expert(e), at, count, hidden, e == experts});
+    }
+  }
+  return made;
 }
 
 template class ExpertsProblem<float>;

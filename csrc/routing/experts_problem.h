@@ -42,6 +42,13 @@ struct ExpertsPlan {
   std::vector<int64_t> shared;  // [tokens]: the pair of the shared expert, or −1
 };
 
+// The pre-activations that the forward keeps for the backward.
+struct KeptHidden {
+  char *hidden = nullptr, *shared = nullptr;
+  int64_t row_bytes = 0, used = 0;
+  std::vector<int64_t> next;  // per expert, the row of its next pair over all tokens
+};
+
 template <typename T>
 class ExpertsProblem {
  public:
@@ -50,8 +57,12 @@ class ExpertsProblem {
 
   // Of the tokens [begin, end).
   ExpertsPlan plan(int64_t begin, int64_t end) const;
-  // How many pairs each expert has, over all tokens.
-  std::vector<int64_t> counts() const;
+  // As many tokens at a time as memory is meant to hold, with so many bytes for each of their pairs: by sizes alone.
+  int64_t tokens_of_pass(int64_t pair_bytes) const;
+  // Where pre-activations are, in the order of all tokens' pairs and in that of the tokens.
+  KeptHidden kept_hidden(void* hidden, void* shared, int64_t element_bytes) const;
+  // Those of a plan, the shared expert's last; `kept` (or null) moves on.
+  std::vector<ExpertTile> tiles(const ExpertsPlan& plan, KeptHidden* kept) const;
   // `experts` is that of the shared expert.
   Expert expert(int64_t e) const;
 

@@ -12,7 +12,7 @@ from .. import library, schemas
 
 # From this width on the pre-activations are kept for backward instead of recomputed: below it reading and writing them
 # costs more than the product that makes them.
-SAVE_HIDDEN_WIDTH = 512
+SAVE_HIDDEN_WIDTH = 256
 
 
 def _needs_gradient(*tensors: Tensor | None) -> bool:

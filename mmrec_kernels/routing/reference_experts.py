@@ -221,8 +221,8 @@ def backward(
             if need[i]:
                 results[i].copy_(value)
         if shared_gate is not None and need_gate:
-            s = block.coefficient.amax(0)  # σ in every gate that uses the token, 0 in the others
-            dlogit = found[0].sum(0) * s * (1 - s)
+            logit = rows @ shared_gate.to(dtype)
+            dlogit = found[0].sum(0) * logit.sigmoid() * (-logit).sigmoid()
             dx[block.tokens] += dlogit[:, None] * shared_gate.to(dtype)
             if need[8]:
                 results[8].copy_(dlogit @ rows)

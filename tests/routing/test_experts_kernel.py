@@ -12,7 +12,7 @@ from routing_providers import use_reference
 from torch import Tensor
 
 from mmrec_kernels import library, schemas
-from mmrec_kernels.routing import SharedExpert, mixture_of_experts
+from mmrec_kernels.routing import SharedExpert, autograd, mixture_of_experts
 from mmrec_kernels.routing.reference_experts import ACTIVATIONS
 from numerics import errors
 
@@ -148,3 +148,68 @@ def test_saved_hidden_rows_are_where_the_reference_has_them(
     exact = library.call(schemas.experts_forward, *call)
     for one, other in zip(found, exact, strict=True):
         assert max(errors(one, other)) <= LIMIT[dtype]
+
+
+def gradients(arguments: dict[str, Any]) -> list[Tensor]:
+    """Of everything that has one, under some upstream."""
+    leaves: list[Tensor] = []
+
+    def leaf(tensor: Tensor) -> Tensor:
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    own = {n: leaf(v) if isinstance(v, Tensor) else v for n, v in arguments.items()}
+    own["routing"] = [SimpleNamespace(weights=leaf(r.weights), experts=r.experts) for r in arguments["routing"]]
+    if arguments["shared"] is not None:
+        own["shared"] = SharedExpert(*(None if t is None else leaf(t) for t in arguments["shared"]))
+    outs = mixture_of_experts(**own)
+    upstream = [normal(*out.shape, seed=50 + g).to(out.dtype) for g, out in enumerate(outs)]
+    return list(torch.autograd.grad(outs, leaves, upstream))
+
+
+def assert_gradients_equal_the_reference(arguments: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    found = gradients(arguments)
+    with monkeypatch.context() as patch:
+        use_reference(patch)
+        exact = gradients(wide(arguments))
+    for one, other in zip(found, exact, strict=True):
+        assert max(errors(one, other)) <= 5 * LIMIT[arguments["x"].dtype], one.shape
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("gates", [1, 2])
+def test_gradients(gates: int, activation: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert_gradients_equal_the_reference(given(150, 32, 48, 3, 2, dtype, activation, gates), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("width, hidden", [(1, 1), (7, 5), (32, 300), (300, 129), (600, 16), (34, 258), (64, 128)])
+@pytest.mark.parametrize("tokens", [0, 1, 63, 700])
+@pytest.mark.parametrize("kept", [False, True])
+def test_gradients_of_any_size(
+    tokens: int, width: int, hidden: int, kept: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autograd, "SAVE_HIDDEN_WIDTH", 1 if kept else 10**9)
+    assert_gradients_equal_the_reference(given(tokens, width, hidden, 4, 2, dtype), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gates", [1, 2])
+def test_gradients_over_several_passes(gates: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = given(9000, 16, 520, 3, 2, dtype, gates=gates)
+    assert_gradients_equal_the_reference(arguments, monkeypatch)
+    monkeypatch.setattr(autograd, "SAVE_HIDDEN_WIDTH", 1)
+    assert_gradients_equal_the_reference(arguments, monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("gates", [1, 2])
+def test_gradients_have_the_same_bits_for_any_number_of_threads(gates: int, dtype: torch.dtype, threads: Any) -> None:
+    arguments = given(2500, 40, 80, 5, 2, dtype, gates=gates)
+    results = []
+    for count in (1, 2, 4, 1):
+        threads(count)
+        results.append(gradients(arguments))
+    for others in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], others, strict=True))

@@ -1,8 +1,7 @@
-// The products of attention beside those of ../common/tiles.h: weigh_values over pairs of bfloat16 keys.
+// The products of tiles.h over rows of bfloat16, two of which share a step.
 #pragma once
 
-#include "../common/tiles.h"
-#include "attention_kernel.h"
+#include "tiles.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
@@ -19,7 +18,7 @@ MMREC_INLINE void interleave(const BFloat16* a, const BFloat16* b, F32 (&out)[2]
   out[1] = {_mm512_castsi512_ps(_mm512_permutex2var_epi16(x, high, y))};
 }
 
-template <int R>
+template <int R, int64_t kRowStep, int64_t kKeyStep>
 __attribute__((noinline)) void pair_value_tile(const float* weights, const BFloat16* const* values, int64_t column,
                                                int64_t pairs, float* out, int64_t stride, const Fetch& fetch) {
   F32 sums[R][2];
@@ -35,7 +34,7 @@ __attribute__((noinline)) void pair_value_tile(const float* weights, const BFloa
     interleave(values[2 * j] + column, values[2 * j + 1] + column, x);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
-      const F32 w = broadcast(weights[r + j * kBlockRows]);
+      const F32 w = broadcast(weights[r * kRowStep + j * kKeyStep]);
       sums[r][0] = MultiplyPairs::add(x[0], w, sums[r][0]);
       sums[r][1] = MultiplyPairs::add(x[1], w, sums[r][1]);
     }
@@ -47,14 +46,15 @@ __attribute__((noinline)) void pair_value_tile(const float* weights, const BFloa
   }
 }
 
-// Weights of two keys a word, [pair of keys][kBlockRows]; `padded_width` is a multiple of 32.
-inline void weigh_value_pairs(const float* weights, int64_t rows, const BFloat16* const* values, int64_t pairs,
+// weigh_values with weights of two keys a word; `padded_width` is a multiple of 32.
+template <int64_t kRowStep, int64_t kKeyStep>
+void weigh_value_pairs(const float* weights, int64_t rows, const BFloat16* const* values, int64_t pairs,
                               int64_t padded_width, float* out, const Fetch& fetch = {}) {
   const int64_t tiles = (rows + kGroup - 1) / kGroup * (padded_width / (2 * F32::kLanes));
   int64_t tile = 0;
   in_parts(rows, [&](auto part, int64_t first) __attribute__((always_inline)) {
     for (int64_t column = 0; column < padded_width; column += 2 * F32::kLanes) {
-      pair_value_tile<decltype(part)::value>(weights + first, values, column, pairs, out + first * padded_width + column,
+      pair_value_tile<decltype(part)::value, kRowStep, kKeyStep>(weights + first * kRowStep, values, column, pairs, out + first * padded_width + column,
                                              padded_width, fetch.part(tile, tiles));
       ++tile;
     }
