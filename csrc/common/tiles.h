@@ -90,7 +90,7 @@ struct Fetch {
     }
   }
   // How many rows at a time, if they are asked for in so many steps.
-  int64_t each(int64_t steps) const { return (count + steps - 1) / steps; }
+  int64_t each(int64_t steps) const { return steps == 0 ? 0 : (count + steps - 1) / steps; }
 
   // Its part n of `parts`.
   Fetch part(int64_t n, int64_t parts) const {
@@ -99,7 +99,8 @@ struct Fetch {
   }
 };
 
-// `scores` = or, with kAdd, += the products. `keys` has one entry more than `count`; `scores` one row more. While some keys are multiplied, as many rows are fetched.
+// `scores` = or, with kAdd, += the products. `keys` has one entry more than `count`; `scores` one row more. While some keys are
+// multiplied, as many rows are fetched.
 template <typename Dot, bool kAdd = false>
 void score_block(const typename Dot::Word* const* keys, int64_t count, const typename Dot::Word* queries, int64_t lanes,
                  int64_t depth, typename Dot::Sum* scores, int64_t stride, const Fetch& fetch = {}) {

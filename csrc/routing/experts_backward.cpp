@@ -30,7 +30,7 @@ class Pass {
  public:
   Pass(const ExpertsArguments& arguments, const Tensor& grad_out, const std::optional<Tensor>& hidden,
        const std::optional<Tensor>& shared_hidden, int64_t needs)
-      : arguments_(arguments), problem_(arguments), needs_(needs) {
+      : arguments_(arguments), problem_(arguments) {
     const auto held = [&](const Tensor& tensor) {
       held_.push_back(torch::stable::contiguous(tensor));
       return held_.back().const_data_ptr();
@@ -49,11 +49,11 @@ class Pass {
         of(arguments.b_out), of(arguments.shared_w_in), of(arguments.shared_w_out), of(arguments.shared_gate)};
     for (size_t n = 0; n < kNeeds; ++n) {
       needed_[n] = inputs[n] != nullptr && (needs >> n & 1) != 0;
-      const bool rows = n == kX || n == kWeights;  // written row by row, in their own type
-      sums_.push_back(needed_[n] ? torch::stable::new_empty(*inputs[n], sizes(*inputs[n]), rows && n == kX ? inputs[n]->scalar_type() : kType)
+      const ScalarType type = n == kX ? arguments.x.scalar_type() : kType;
+      sums_.push_back(needed_[n] ? torch::stable::new_empty(*inputs[n], sizes(*inputs[n]), type)
                                  : torch::stable::new_empty(arguments.x, {0}));
       types_.push_back(inputs[n] != nullptr ? inputs[n]->scalar_type() : arguments.x.scalar_type());
-      if (needed_[n] && !rows) {
+      if (needed_[n] && n != kX && n != kWeights) {  // those are written, the others added to
         std::memset(sums_.back().mutable_data_ptr(), 0, static_cast<size_t>(sums_.back().numel()) * sizeof(T));
       }
     }
@@ -257,15 +257,10 @@ class Pass {
     const auto add = [&](int64_t pair) {
       for (int64_t d = 0; d < padded_; ++d) row[static_cast<size_t>(d)] += to.grad_rows[pair * padded_ + d];
     };
-    const int64_t slots = problem_.gates * problem_.k;
-    const auto pair_of = [&](int64_t n) {
-      return plan.slots[static_cast<size_t>((n / problem_.k * count + t) * problem_.k + n % problem_.k)];
-    };
-    for (int64_t n = 0; n < slots; ++n) {
-      const int64_t pair = pair_of(n);
-      bool again = pair < 0;
-      for (int64_t before = 0; !again && before < n; ++before) again = pair_of(before) == pair;
-      if (!again) add(pair);
+    for (int64_t g = 0; g < problem_.gates; ++g) {
+      for (int64_t slot = (g * count + t) * problem_.k; slot < (g * count + t + 1) * problem_.k; ++slot) {
+        if (plan.leads[static_cast<size_t>(slot)] != 0) add(plan.slots[static_cast<size_t>(slot)]);
+      }
     }
     if (shared >= 0) add(shared);
   }
@@ -274,7 +269,7 @@ class Pass {
   ExpertsProblem<T> problem_;
   const ExpertsBackward<T>& kernels_ = experts_kernels_here<ExpertsBackward<T>>();
   const int64_t padded_ = experts_kernels_here<ExpertsForward<T>>().padded_width(problem_.pass.width);
-  int64_t needs_, hidden_stride_ = 0, activated_stride_ = 0;
+  int64_t hidden_stride_ = 0, activated_stride_ = 0;
   std::vector<Tensor> held_;  // what pointers point into
   const void* grad_out_ = nullptr;
   const T *weights_ = nullptr, *gate_ = nullptr;

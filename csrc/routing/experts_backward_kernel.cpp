@@ -48,7 +48,9 @@ class Backward : Tile<Kind, T> {
     zeros_ = arena.take<S>(wide_ > kHidden ? wide_ : kHidden);
     grad_rows_ = arena.take<T>((kTileTokens + 1) * wide_);
     turned_y_ = arena.take<T>(kTileTokens * this->padded_);
-    if (arena.memory != nullptr) std::memset(static_cast<void*>(zeros_), 0, sizeof(S) * static_cast<size_t>(wide_ > kHidden ? wide_ : kHidden));
+    if (arena.memory != nullptr) {
+      std::memset(static_cast<void*>(zeros_), 0, sizeof(S) * static_cast<size_t>(wide_ > kHidden ? wide_ : kHidden));
+    }
   }
 
   void run(const ExpertTile& tile) {
@@ -62,10 +64,11 @@ class Backward : Tile<Kind, T> {
     if (to_.grad_rows != nullptr) std::memset(grad_rows_, 0, sizeof(T) * static_cast<size_t>((tile.count + 1) * wide_));
     const auto* const w_in = static_cast<const Raw*>(expert.w_in);
     const auto* const w_out = static_cast<const Raw*>(expert.w_out);
+    if (outputs) this->start_outputs(hidden, lanes);
     for (int64_t first = 0; first < hidden; first += kHidden) {
       const int64_t count = at_most(kHidden, hidden - first), whole = round_up(count, kWhole);
-      find_hidden(tile, first, first, count, lanes, hidden_gate_);
-      if (gated) find_hidden(tile, hidden + first, first, count, lanes, hidden_up_);
+      find_hidden(tile, first, count, lanes, hidden_gate_);
+      if (gated) find_hidden(tile, hidden + first, count, lanes, hidden_up_);
       std::memset(slopes_, 0, sizeof(T) * static_cast<size_t>((tile.count + 1) * whole));
       add_rows<1, kTileTokens>(packed_grads_, tile.count, w_out + first, width, hidden, count, whole, slopes_);
       for (int64_t i = 0; i < tile.count; ++i) differentiate(tile, i, first, count, whole);
@@ -122,7 +125,7 @@ class Backward : Tile<Kind, T> {
   }
 
   // Pre-activations, [token][kHidden], 0 behind `count`: made again, or as they were kept.
-  void find_hidden(const ExpertTile& tile, int64_t row, int64_t, int64_t count, int64_t lanes, T* out) {
+  void find_hidden(const ExpertTile& tile, int64_t row, int64_t count, int64_t lanes, T* out) {
     if (tile.hidden != nullptr) {
       for (int64_t i = 0; i < tile.count; ++i) stage(this->kept_row(tile, i) + row, count, kHidden, out + i * kHidden);
       return;
@@ -165,6 +168,8 @@ class Backward : Tile<Kind, T> {
     const bool gated = is_gated(this->p_.activation);
     T *const gate = hidden_gate_ + i * kHidden, *const up = hidden_up_ + i * kHidden;
     T *const slopes = slopes_ + i * whole, *const activated = activated_ + i * kHidden;
+    // An infinite gradient makes a NaN even of the zeros behind a row.
+    for (int64_t n = count; n < whole; ++n) slopes[n] = T(0);
     const V factor = broadcast(factor_[i]);
     V share = shares_[i];
     with_slope<T>(this->p_.activation, [&](const auto& act) __attribute__((always_inline)) {

@@ -57,6 +57,7 @@ class Task : Tile<Kind, T> {
     this->pack_tokens(tile, lanes);
     const auto* const w_in = static_cast<const Raw*>(expert.w_in);
     const auto* const w_out = static_cast<const Raw*>(expert.w_out);
+    this->start_outputs(hidden, lanes);
     for (int64_t first = 0; first < hidden; first += kHidden) {
       const int64_t count = at_most(kHidden, hidden - first);
       this->template multiply_rows<false>(w_in + first * width, count, width, width, packed_, lanes, gate_);

@@ -77,6 +77,7 @@ ExpertsPlan ExpertsProblem<T>::plan(int64_t begin, int64_t end) const {
   ExpertsPlan made;
   made.first.assign(static_cast<size_t>(experts + 2), 0);
   made.slots.assign(static_cast<size_t>(gates * count * k), -1);
+  made.leads.assign(made.slots.size(), 0);
   std::vector<int64_t> seen(static_cast<size_t>(experts), -1), pair(static_cast<size_t>(experts), 0);
   // Calls run(slot, expert, whether it is the first of the token's slots that names it).
   const auto for_each_slot = [&](int64_t t, const auto& run) {
@@ -109,6 +110,7 @@ ExpertsPlan ExpertsProblem<T>::plan(int64_t begin, int64_t end) const {
         made.tokens[static_cast<size_t>(pair[e])] = begin + t;
       }
       made.slots[static_cast<size_t>(slot)] = pair[e];
+      made.leads[static_cast<size_t>(slot)] = is_first ? 1 : 0;
     });
     if (!has_shared || !alive) continue;
     made.shared[static_cast<size_t>(t)] = last;

@@ -39,6 +39,7 @@ struct ExpertsPlan {
   std::vector<int64_t> first;   // [experts + 2]: where the pairs of an expert begin
   std::vector<int64_t> tokens;  // of the pairs
   std::vector<int64_t> slots;   // [gates, tokens, k]: the pair that a slot names, or −1
+  std::vector<uint8_t> leads;   // [gates, tokens, k]: whether no slot before it names that pair
   std::vector<int64_t> shared;  // [tokens]: the pair of the shared expert, or −1
 };
 

@@ -80,7 +80,7 @@ class Tile {
       rows_[here] = rows_[here - 1];
       for (int64_t i = 0; i < next; ++i) ahead_[i] = reinterpret_cast<const char*>(matrix + (row + here + i) * stride);
       Fetch fetch{ahead_, next, depth * static_cast<int64_t>(sizeof(Raw)), 0};
-      for (int64_t word = 0; word < words; word += kChain) {
+      for (int64_t word = 0; word == 0 || word < words; word += kChain) {
         for (int64_t i = 0; i <= here; ++i) part_[i] = rows_[i] + word * Dot::kColumns;
         const auto* const keys = reinterpret_cast<const Word* const*>(part_);
         const int64_t chain = at_most(kChain, words - word);
@@ -92,6 +92,11 @@ class Tile {
         fetch = {};
       }
     }
+  }
+
+  // y [row][lanes] before the first product is added to it. Without any it is 0.
+  void start_outputs(int64_t hidden, int64_t lanes) {
+    if (hidden == 0) std::memset(y_, 0, sizeof(T) * static_cast<size_t>(p_.width * lanes));
   }
 
   void add_bias(const void* bias, int64_t first, int64_t count, int64_t stride, T* rows) const {

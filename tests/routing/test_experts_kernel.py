@@ -33,6 +33,7 @@ def given(
 ) -> dict[str, Any]:
     """Arguments of `mixture_of_experts` with everything: biases, a shared expert of another width, empty slots."""
     rows, shared = (2 * hidden, 2 * (hidden + 2)) if activation in GATED else (hidden, hidden + 2)
+    fan_in, fan_out = max(width, 1) ** 0.5, max(hidden, 1) ** 0.5
     ids = torch.randint(-1, experts, (gates, tokens, k), generator=torch.Generator().manual_seed(1))
     ids[:, 1:2] = -1
     return {
@@ -40,13 +41,13 @@ def given(
         "routing": [
             SimpleNamespace(weights=normal(tokens, k, seed=2 + g).to(dtype), experts=ids[g]) for g in range(gates)
         ],
-        "w_in": (normal(experts, rows, width, seed=10) / width**0.5).to(dtype),
-        "w_out": (normal(experts, width, hidden, seed=11) / hidden**0.5).to(dtype),
+        "w_in": (normal(experts, rows, width, seed=10) / fan_in).to(dtype),
+        "w_out": (normal(experts, width, hidden, seed=11) / fan_out).to(dtype),
         "b_in": normal(experts, rows, seed=12).to(dtype),
         "b_out": normal(experts, width, seed=13).to(dtype),
         "shared": SharedExpert(
-            (normal(shared, width, seed=14) / width**0.5).to(dtype),
-            (normal(width, hidden + 2, seed=15) / hidden**0.5).to(dtype),
+            (normal(shared, width, seed=14) / fan_in).to(dtype),
+            (normal(width, hidden + 2, seed=15) / fan_out).to(dtype),
             normal(width, seed=16).to(dtype),
         ),
         "activation": activation,
@@ -82,7 +83,9 @@ def test_activations(activation: str, dtype: torch.dtype, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width, hidden", [(1, 1), (7, 5), (32, 300), (300, 129), (600, 16), (34, 258)])
+@pytest.mark.parametrize(
+    "width, hidden", [(0, 0), (0, 20), (20, 0), (1, 1), (7, 5), (32, 300), (300, 129), (600, 16), (34, 258)]
+)
 @pytest.mark.parametrize("tokens", [0, 1, 5, 63, 700])
 def test_any_size(tokens: int, width: int, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     assert_equals_the_reference(given(tokens, width, hidden, 4, 2, dtype), monkeypatch)
@@ -163,7 +166,8 @@ def gradients(arguments: dict[str, Any]) -> list[Tensor]:
     if arguments["shared"] is not None:
         own["shared"] = SharedExpert(*(None if t is None else leaf(t) for t in arguments["shared"]))
     outs = mixture_of_experts(**own)
-    upstream = [normal(*out.shape, seed=50 + g).to(out.dtype) for g, out in enumerate(outs)]
+    # The same numbers in every dtype.
+    upstream = [normal(*out.shape, seed=50 + g).bfloat16().to(out.dtype) for g, out in enumerate(outs)]
     return list(torch.autograd.grad(outs, leaves, upstream))
 
 
@@ -184,14 +188,30 @@ def test_gradients(gates: int, activation: str, dtype: torch.dtype, monkeypatch:
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("width, hidden", [(1, 1), (7, 5), (32, 300), (300, 129), (600, 16), (34, 258), (64, 128)])
+@pytest.mark.parametrize("gates", [1, 2])
+@pytest.mark.parametrize(
+    "width, hidden", [(0, 0), (0, 20), (20, 0), (1, 1), (7, 5), (32, 300), (300, 129), (600, 16), (34, 258), (64, 128)]
+)
 @pytest.mark.parametrize("tokens", [0, 1, 63, 700])
 @pytest.mark.parametrize("kept", [False, True])
 def test_gradients_of_any_size(
-    tokens: int, width: int, hidden: int, kept: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    tokens: int, width: int, hidden: int, gates: int, kept: bool, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(autograd, "SAVE_HIDDEN_WIDTH", 1 if kept else 10**9)
-    assert_gradients_equal_the_reference(given(tokens, width, hidden, 4, 2, dtype), monkeypatch)
+    monkeypatch.setattr(autograd, "SAVE_HIDDEN_WIDTH", 0 if kept else 10**9)
+    assert_gradients_equal_the_reference(given(tokens, width, hidden, 4, 2, dtype, gates=gates), monkeypatch)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_infinite_gradient_stays_what_it_is(dtype: torch.dtype) -> None:
+    """That of a weight is dout · y, whose columns all count: none but those behind a row, which are 0, would be NaN."""
+    arguments = {**given(70, 8, 5, 3, 2, dtype, "gelu"), "shared": None, "b_out": None}
+    arguments["w_out"] = arguments["w_out"].abs()
+    arguments["x"], arguments["w_in"], arguments["b_in"] = (arguments[name].abs() for name in ("x", "w_in", "b_in"))
+    (route,) = arguments["routing"]
+    weights = route.weights.clone().requires_grad_()
+    (out,) = mixture_of_experts(**{**arguments, "routing": [SimpleNamespace(weights=weights, experts=route.experts)]})
+    (grad,) = torch.autograd.grad(out, weights, torch.full_like(out, torch.inf))
+    assert torch.equal(grad == torch.inf, route.experts >= 0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
