@@ -80,6 +80,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(
     extra: tuple[str, ...],
 ) -> None:
     options = ("--data", generated, *tiny, *extra, "--modalities", "identity,text", "--no-floors", "--no-identity")
+    options += ("--set", "router_bias_rate=0.01", "--set", "router_score=sigmoid")
     mmrec("train", "--out", tmp_path / "whole", *options).succeeded()
     step = loop._Loop._step
     done = []
@@ -100,6 +101,7 @@ def test_ctrl_c_saves_and_resume_gives_the_same_bits(
     mmrec("train", "--out", tmp_path / "halves", *options, "--resume").succeeded()
     whole, halves = (load_tensors(tmp_path / name, "run")[0] for name in ("whole", "halves"))
     assert all(np.array_equal(whole[name].numpy(), halves[name].numpy()) for name in whole)
+    assert whole["model.item_tower.experts.bias"].any()
     assert (
         Result.load(tmp_path / "whole" / "metrics.json").metrics
         == Result.load(tmp_path / "halves" / "metrics.json").metrics

@@ -11,7 +11,7 @@ from mmrec_kernels import RouterLosses
 WIDTH, MODALITIES = 6, 3
 
 
-def module(**changes: int | float) -> ModalityMoE:
+def module(**changes: int | float | str) -> ModalityMoE:
     settings: dict = {"shared": 2, "private": 2, "hidden": 5, "k": 2, **changes}
     moe = ModalityMoE(WIDTH, MODALITIES, **settings).double()
     with torch.no_grad():
@@ -98,9 +98,54 @@ def test_gradcheck() -> None:
 
 
 def test_penalty_is_the_weighted_mean_over_modalities() -> None:
-    balance, z, nothing = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([4.0, 0.0, 2.0]), torch.zeros(3)
-    penalty = ModalityMoE.penalty(RouterLosses(balance, z, nothing, nothing), 0.1, 0.01)
-    assert penalty.item() == pytest.approx(0.1 * 3.0 + 0.01 * 2.0)
+    balance, z = torch.tensor([1.0, 2.0, 6.0]), torch.tensor([4.0, 0.0, 2.0])
+    losses = RouterLosses(balance, z, torch.tensor([0.5, 1.5, 1.0]), torch.tensor([3.0, 1.0, 2.0]))
+    assert ModalityMoE.penalty(losses, 0.1, 0.01).item() == pytest.approx(0.1 * 3.0 + 0.01 * 2.0)
+    penalty = ModalityMoE.penalty(losses, 0.1, 0.01, local_entropy=0.2, global_entropy=0.05)
+    assert penalty.item() == pytest.approx(0.32 + 0.2 * 1.0 - 0.05 * 2.0)
+
+
+@pytest.mark.parametrize("score", ["softmax", "topk_softmax", "sigmoid"])
+def test_the_bias_moves_towards_balance_and_changes_no_weight_of_a_choice(score: str) -> None:
+    """A router that sends all to one shared expert: its bias falls step by step until others are chosen as well."""
+    moe = module(k=1, private=1, score=score, bias_rate=0.02)
+    with torch.no_grad():
+        moe.norm.bias.fill_(1.0)
+        moe.gate.mul_(0.3)[0] += 0.3
+    x, modality = torch.randn(600, WIDTH, dtype=torch.float64), torch.arange(600) % MODALITIES
+    assert moe.bias is not None and not moe.bias.any()
+    first = moe(x, modality)[1]
+    assert (first.experts == 0).all()
+    moe.update_bias(first.stats[..., 0])
+    one_step = 0.02 * moe.allowed.double()
+    one_step[:, 0] = -0.02
+    assert torch.equal(moe.bias, one_step)
+    for _ in range(80):
+        moe.update_bias(moe(x, modality)[1].stats[..., 0])
+    assert not moe.bias[~moe.allowed].any()
+    last = moe(x, modality)[1]
+    assert (last.stats[..., 0].amax(1) < 150).all()
+    plain = module(k=1, private=1, score=score)
+    plain.load_state_dict({n: v for n, v in moe.state_dict().items() if n != "bias"})
+    same = plain(x, modality)[1].experts == last.experts
+    assert torch.equal(plain(x, modality)[1].weights[same], last.weights[same]) and not same.all()
+
+
+def test_equal_counts_and_absent_modalities_leave_the_bias_where_it_is() -> None:
+    moe = module(bias_rate=0.1)
+    moe.update_bias(torch.stack([torch.zeros(8), torch.full((8,), 3.0), torch.tensor([4.0, 4, 0, 0, 0, 0, 2, 2])]))
+    assert moe.bias is not None
+    assert not moe.bias[0].any() and not moe.bias[1, [2, 3, 6, 7]].any()
+    assert moe.bias[2].tolist() == [-0.1, -0.1, 0, 0, 0, 0, 0.1, 0.1]
+
+
+def test_the_bias_is_saved_and_without_a_rate_there_is_none() -> None:
+    assert "bias" in module(bias_rate=0.1).state_dict()
+    moe = module()
+    moe.update_bias(torch.ones(3, 8))
+    assert moe.bias is None and "bias" not in moe.state_dict()
+    with pytest.raises(ValueError, match=r"counts must have shape \[3, 8\], got \[8\]"):
+        moe.update_bias(torch.ones(8))
 
 
 def test_the_balance_loss_punishes_a_collapsed_router() -> None:
@@ -134,10 +179,11 @@ def test_no_tokens() -> None:
     [
         ({"k": 0}, r"k must be in \[1, shared \+ private = 4\], got 0"),
         ({"k": 5}, r"k must be in \[1, shared \+ private = 4\], got 5"),
+        ({"bias_rate": -1.0}, "bias_rate must be finite and ≥ 0, got -1.0"),
         ({"shared": -1}, "shared and private must be ≥ 0, got -1 and 2"),
         ({"private": -1}, "shared and private must be ≥ 0, got 2 and -1"),
     ],
 )
-def test_bad_sizes(bad: dict[str, int], message: str) -> None:
+def test_bad_sizes(bad: dict[str, float], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(**bad)

@@ -171,7 +171,9 @@ def test_auto_takes_all_items_up_to_the_limit() -> None:
 
 @pytest.mark.parametrize("negatives", ["all", "batch"])
 def test_total_is_the_weighted_sum_of_its_parts(negatives: str) -> None:
+    entropy = {"local_entropy": 0.02, "global_entropy": 0.4}
     weights = {"align_weight": 0.3, "balance_weight": 0.2, "z_weight": 0.05}
+    weights |= {f"{name}_weight": weight for name, weight in entropy.items()}
     model = model_of(config(negatives=negatives, align_items=100, **weights))
     objective = objective_of(model)
     losses = objective(model, known_inputs(), batch())
@@ -181,7 +183,7 @@ def test_total_is_the_weighted_sum_of_its_parts(negatives: str) -> None:
         return
     output = model.encode(known_inputs(), torch.from_numpy(KNOWN))
     assert output.routing is not None and objective.alignment is not None and losses.load is not None
-    torch.testing.assert_close(losses.router, ModalityMoE.penalty(output.routing.losses, 0.2, 0.05).detach())
+    torch.testing.assert_close(losses.router, ModalityMoE.penalty(output.routing.losses, 0.2, 0.05, **entropy).detach())
     torch.testing.assert_close(losses.alignment, objective.alignment(output.pooled, output.present).detach())
     assert torch.equal(losses.load, output.routing.stats[..., 0])
 

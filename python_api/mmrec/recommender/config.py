@@ -20,6 +20,7 @@ _CHOICES = {
     "quantize": ("nf4", None),
     "text_level": ("fields", "tokens"),
     "fusion": ("early", "intermediate", "late"),
+    "router_score": ("softmax", "topk_softmax", "sigmoid"),
 }
 _AT_LEAST_ONE = (
     "width", "item_queries", "item_heads", "text_rank", "image_rank", "image_size", "image_patch",
@@ -29,8 +30,8 @@ _AT_LEAST_ONE = (
 _FRACTIONS = ("dropout", "content_dropout", "identity_dropout", "modality_dropout", "label_smoothing", "warmup")
 _NOT_NEGATIVE = (
     "learning_rate", "backbone_learning_rate", "weight_decay", "clip_norm", "align_weight", "balance_weight",
-    "z_weight", "extra_negatives", "experts_shared", "experts_private", "align_items", "lora_rank",
-    "fusion_layers", "seed",
+    "z_weight", "local_entropy_weight", "global_entropy_weight", "router_bias_rate", "extra_negatives",
+    "experts_shared", "experts_private", "align_items", "lora_rank", "fusion_layers", "seed",
 )  # fmt: skip
 
 
@@ -50,9 +51,9 @@ class RecommenderConfig:
         table_pooled: one token per table row instead of one per cell.
 
     Item tower: `width`, `item_queries` learned queries with `item_heads` heads; `fusion` "early", "intermediate" or
-        "late" and `fusion_layers` of latents (`ModalityFusion`); `experts_shared` experts for all
-        modalities and `experts_private` per modality, `experts_per_token` chosen, `expert_hidden` wide (0 experts of
-        either kind = none); `identity_dropout`: share of items whose identity is hidden in a training step, so that
+        "late" and `fusion_layers` of latents (`ModalityFusion`); `experts_shared` experts for all modalities and
+        `experts_private` per modality (0 of either kind = none), `experts_per_token` chosen by their `router_score`,
+        `expert_hidden` wide; `identity_dropout`: share of items whose identity is hidden in a training step, so that
         content learns to stand in; `modality_dropout`: the same for each content modality; `content_dropout`: on
         content vectors and experts.
 
@@ -63,7 +64,9 @@ class RecommenderConfig:
         negatives: "all" = full softmax over the items that training knows, "batch" = the batch's targets plus
             `extra_negatives` drawn uniformly, logQ-corrected and with accidental hits masked; "auto" = "all" up to
             `full_softmax_items` items.
-        label_smoothing; align_weight with align_items items per step; balance_weight and z_weight of the router.
+        label_smoothing; align_weight with align_items items per step; of the router balance_weight,
+            z_weight, local_entropy_weight and global_entropy_weight (which is subtracted), and router_bias_rate, by
+            which each step moves the biases that balance without a loss (0 = there are none).
 
     Optimiser: AdamW at `learning_rate` (the adapter at `backbone_learning_rate`) with `weight_decay`, linear warm-up
         over the share `warmup` of all steps, then a cosine to a twentieth; gradients clipped to `clip_norm` (0 = not).
@@ -96,6 +99,7 @@ class RecommenderConfig:
     experts_private: int = 1
     experts_per_token: int = 2
     expert_hidden: int = 64
+    router_score: str = "softmax"
     identity_dropout: float = 0.05
     modality_dropout: float = 0.0
     content_dropout: float = 0.1
@@ -115,6 +119,9 @@ class RecommenderConfig:
     align_items: int = 256
     balance_weight: float = 0.01
     z_weight: float = 0.001
+    local_entropy_weight: float = 0.0
+    global_entropy_weight: float = 0.0
+    router_bias_rate: float = 0.0
 
     learning_rate: float = 2e-3
     backbone_learning_rate: float = 2e-4

@@ -73,7 +73,8 @@ class ItemTower(nn.Module):
         if config.experts_shared + config.experts_private:
             self.experts = ModalityMoE(
                 width, len(config.content), shared=config.experts_shared, private=config.experts_private,
-                hidden=config.expert_hidden, k=config.experts_per_token, dropout=config.content_dropout,
+                hidden=config.expert_hidden, k=config.experts_per_token, score=config.router_score,
+                bias_rate=config.router_bias_rate, dropout=config.content_dropout,
             )  # fmt: skip
         self.fuse = ModalityFusion(
             config.modalities, width, when=config.fusion, num_queries=config.item_queries,

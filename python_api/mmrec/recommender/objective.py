@@ -101,7 +101,11 @@ class Objective(nn.Module):
         alignment = self._alignment(output)
         router, load = item.new_zeros(()), None
         if output.routing is not None:
-            router = ModalityMoE.penalty(output.routing.losses, self.config.balance_weight, self.config.z_weight)
+            config = self.config
+            router = ModalityMoE.penalty(
+                output.routing.losses, config.balance_weight, config.z_weight, config.local_entropy_weight,
+                config.global_entropy_weight,
+            )  # fmt: skip
             load = output.routing.stats[..., 0]
         total = item + self.config.align_weight * alignment + router
         return Losses(total, item.detach(), alignment.detach(), router.detach(), load)

@@ -157,7 +157,8 @@ class _Loop:
         state.optimizer.step()
         for i, value in enumerate((losses.item, losses.alignment, losses.router)):
             state.sums[i] += float(value)
-        if losses.load is not None:
+        if losses.load is not None and state.model.item_tower.experts is not None:
+            state.model.item_tower.experts.update_bias(losses.load)
             counts = losses.load.tolist()
             before = state.epoch_load or [[0.0] * len(row) for row in counts]
             state.epoch_load = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(before, counts, strict=True)]
