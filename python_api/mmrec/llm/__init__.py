@@ -4,6 +4,7 @@ from .attention import kernel_attention, register_attention, unregister_attentio
 from .backbone import Backbone
 from .cache import CacheWriteError, EmbeddingCache
 from .encoded import Encoded
+from .experts import kernel_experts, register_experts, unregister_experts
 from .lora import LoRAConfig
 from .vision import VisionEncoder
 
@@ -15,6 +16,9 @@ __all__ = [
     "LoRAConfig",
     "VisionEncoder",
     "kernel_attention",
+    "kernel_experts",
     "register_attention",
+    "register_experts",
     "unregister_attention",
+    "unregister_experts",
 ]
