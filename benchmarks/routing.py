@@ -1,4 +1,4 @@
-"""`route` and `mixture_of_experts` beside eager torch: a loop over the experts, and all experts for all tokens.
+"""`route` and `mixture_of_experts` beside torch and transformers (routing_peers.py).
 
 Three modalities, each kept to a part of the experts; SwiGLU experts; the router in float32 for all. Shapes without
 `hidden` are of `route` alone (router.py).
@@ -10,16 +10,15 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear, silu
 
 from ..routing import mixture_of_experts, route
 from . import router
 from .case import MODES, Call, Case, Inputs, Provider, Work, against, generator, in_mode, leaf, our_name, torch_dtype
+from .routing_peers import LEAVES, peers
 
 OP = "routing"
 DTYPES = {"cpu": ("float32", "bfloat16"), "cuda": ("float32", "bfloat16", "float16")}
 _MODALITIES = 3
-_LEAVES = ("x", "gate", "w_in", "w_out")
 SHAPES = {
     "small": (
         {"tokens": 128, "width": 32, "hidden": 64, "experts": 4, "k": 2},
@@ -29,6 +28,7 @@ SHAPES = {
     "full": (
         {"tokens": 8192, "width": 64, "hidden": 256, "experts": 16, "k": 2},
         {"tokens": 8192, "width": 256, "hidden": 512, "experts": 8, "k": 2},
+        {"tokens": 65536, "width": 64, "hidden": 128, "experts": 16, "k": 2},
         {"tokens": 256, "width": 256, "hidden": 512, "experts": 8, "k": 2},
         {"tokens": 1, "width": 256, "hidden": 512, "experts": 8, "k": 2},
         {"tokens": 8192, "width": 256, "experts": 8, "k": 2},
@@ -69,8 +69,7 @@ def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
         work,
         (
             Provider(our_name("_experts_forward", device), _ours, ours=True),
-            Provider("torch loop over experts", _loop),
-            Provider("torch all experts for all tokens", _dense),
+            *peers(),
         ),
         inputs=lambda: inputs(shape, dtype, device),
         judge=lambda given: against(_oracle(given, mode)),
@@ -102,7 +101,7 @@ def inputs(shape: dict[str, int], dtype: str, device: str) -> Inputs:
 
 
 def _ours(given: Inputs, mode: str, dtype: torch.dtype | None = None) -> Call:
-    x, gate, w_in, w_out = leaves = [leaf(given[name], dtype) for name in _LEAVES]
+    x, gate, w_in, w_out = leaves = [leaf(given[name], dtype) for name in LEAVES]
     modality, allowed, k = given["modality"], given["allowed"], given["k"]
     return in_mode(
         lambda: mixture_of_experts(x, route(x, gate, k, modality=modality, allowed=allowed), w_in, w_out),
@@ -110,41 +109,6 @@ def _ours(given: Inputs, mode: str, dtype: torch.dtype | None = None) -> Call:
         given["grad"].to(x.dtype),
         mode,
     )
-
-
-def _routed(given: Inputs, x: Tensor, gate: Tensor) -> tuple[Tensor, Tensor]:
-    logits = linear(x.float(), gate.float()).masked_fill(~given["allowed"][given["modality"]], -torch.inf)
-    weights, experts = logits.softmax(1).topk(given["k"])
-    return weights / weights.sum(1, keepdim=True), experts
-
-
-def _loop(given: Inputs, mode: str) -> Call:
-    """As transformers' eager experts do: for each expert that has tokens, gather, compute, add."""
-    x, gate, w_in, w_out = leaves = [leaf(given[name]) for name in _LEAVES]
-
-    def forward() -> Tensor:
-        weights, experts = _routed(given, x, gate)
-        out = torch.zeros_like(x)
-        for e in experts.unique().tolist():
-            token, slot = (experts == e).nonzero(as_tuple=True)
-            h_gate, up = linear(x[token], w_in[e]).chunk(2, 1)
-            y = linear(silu(h_gate) * up, w_out[e]) * weights[token, slot, None].to(x.dtype)
-            out = out.index_add(0, token, y)
-        return out
-
-    return in_mode(forward, leaves, given["grad"], mode)
-
-
-def _dense(given: Inputs, mode: str) -> Call:
-    x, gate, w_in, w_out = leaves = [leaf(given[name]) for name in _LEAVES]
-
-    def forward() -> Tensor:
-        weights, experts = _routed(given, x, gate)
-        full = weights.new_zeros(x.shape[0], w_in.shape[0]).scatter(1, experts, weights).to(x.dtype)
-        h_gate, up = torch.matmul(x, w_in.mT).chunk(2, 2)
-        return (torch.matmul(silu(h_gate) * up, w_out.mT) * full.T[:, :, None]).sum(0)
-
-    return in_mode(forward, leaves, given["grad"], mode)
 
 
 def _oracle(given: Inputs, mode: str) -> Sequence[Tensor]:

@@ -5,7 +5,7 @@ import importlib
 import bench_package  # noqa: F401
 import pytest
 import torch
-from mmrec_kernels.benchmarks import attention, infonce, nf4, retrieval, routing
+from mmrec_kernels.benchmarks import attention, infonce, nf4, retrieval, routing, routing_peers
 from mmrec_kernels.benchmarks.case import MODES
 
 TINY = {
@@ -152,6 +152,16 @@ def test_every_case_counts_its_work(module, shapes):
         assert min(case.work.flops, case.work.read, case.work.written) > 0
         assert case.op == module.OP
         assert case.providers[0].name.startswith("mmrec (")
+
+
+def test_a_peer_that_would_take_too_much_memory_says_so(monkeypatch):
+    """Where it could run it is one of those that agree with float64, above."""
+    case = routing.cases("small", "cpu", ("float32",), ("forward",))[0]
+    monkeypatch.setattr(routing_peers, "_MOST_BYTES", 1000)
+    for name in ("torch all experts for all tokens", "transformers batched_mm"):
+        peer = next(p for p in case.providers if p.name == name)
+        with pytest.raises(ValueError, match=r"would make 0\.0 GiB in one piece"):
+            peer.make(case.inputs(), "forward")
 
 
 def test_attention_work_counts_only_keys_that_exist():
