@@ -33,7 +33,7 @@ def forward(
     renormalize: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Weights and experts of each token, statistics and losses of each modality (shapes: `schemas.routing_forward`)."""
-    _check_modality(modality, num_modalities)
+    check_modality(modality, num_modalities)
     dtype, num_tokens, num_experts = statistics_dtype(x.dtype), x.shape[0], gate_weight.shape[0]
     weights = x.new_zeros((num_tokens, k), dtype=dtype)
     experts = x.new_full((num_tokens, k), -1, dtype=torch.int32)
@@ -140,7 +140,7 @@ def _logits_gradient(
     return dl + (du * (-logits).sigmoid() if score == "sigmoid" else du)
 
 
-def _check_modality(modality: Tensor | None, num_modalities: int) -> None:
+def check_modality(modality: Tensor | None, num_modalities: int) -> None:
     if modality is None or not modality.numel() or not (modality.device.type == "cpu" or library.check_requested()):
         return
     low, high = int(modality.min()), int(modality.max())

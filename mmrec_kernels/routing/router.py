@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -139,5 +140,17 @@ def _num_modalities(modality: Tensor | None, given: int | None, allowed: Tensor 
     return count
 
 
-library.announce("_routing_forward", reference=reference.forward)
-library.announce("_routing_backward", reference=reference.backward)
+def _triton_forward() -> Callable[..., Any]:
+    from .triton import route_forward
+
+    return route_forward
+
+
+def _triton_backward() -> Callable[..., Any]:
+    from .triton import route_backward
+
+    return route_backward
+
+
+library.announce("_routing_forward", reference=reference.forward, triton=_triton_forward)
+library.announce("_routing_backward", reference=reference.backward, triton=_triton_backward)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-import pytest
+from typing import Any
 
-from mmrec_kernels import library, schemas
+import pytest
+import torch
+
+from mmrec_kernels import library, schemas, validation
 from mmrec_kernels.routing import reference, reference_experts
 
 
@@ -17,3 +20,30 @@ def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         schemas.experts_backward: reference_experts.backward,
     }
     monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
+
+
+def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on both run the Triton launchers, on CPU tensors in the interpreter."""
+    from mmrec_kernels.routing import triton as launchers
+
+    functions = {
+        schemas.routing_forward: launchers.route_forward,
+        schemas.routing_backward: launchers.route_backward,
+        schemas.experts_forward: reference_experts.forward,
+        schemas.experts_backward: reference_experts.backward,
+    }
+    monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
+    every = (*validation.GPU_DTYPES, torch.float64)
+    monkeypatch.setattr(validation, "float_dtypes", lambda device: every)
+
+
+def poison_new_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on memory that launchers ask for holds NaN, or an id that there is not, so that what nobody writes is
+    seen."""
+    new_empty = torch.Tensor.new_empty
+
+    def poisoned(self: torch.Tensor, *args: Any, **more: Any) -> torch.Tensor:
+        found = new_empty(self, *args, **more)
+        return found.fill_(torch.nan if found.is_floating_point() else 127)
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)

@@ -77,13 +77,14 @@ def test_gradcheck(activation):
     assert torch.autograd.gradcheck(run, inputs, fast_mode=True)
 
 
-def test_gradcheck_through_the_router():
+def test_gradcheck_through_the_router(provider):
     x, gate, params = normal(T, D).requires_grad_(), normal(E, D, seed=1).requires_grad_(), parameters()
 
     def run(x, gate, w_in, w_out):
         return mixture_of_experts(x, route(x, gate, 2), w_in, w_out)
 
-    assert torch.autograd.gradcheck(run, (x, gate, params["w_in"], params["w_out"]))
+    inputs = (x, gate, params["w_in"], params["w_out"])
+    assert torch.autograd.gradcheck(run, inputs, fast_mode=provider == "triton")  # the interpreter takes minutes else
 
 
 def test_only_the_needed_gradients():

@@ -58,7 +58,7 @@ def test_equals_the_naive_oracle(score, renormalize, case):
 
 
 @pytest.mark.parametrize("score,k", list(itertools.product(SCORES, [1, 3, E])))
-def test_gradcheck(score, k):
+def test_gradcheck(score, k, provider):
     x, gate = inputs()
 
     def run(x, gate, renormalize):
@@ -66,8 +66,9 @@ def test_gradcheck(score, k):
         routing = route(x, gate, k, **masks, score=score, renormalize=renormalize)
         return routing.weights, *routing.losses
 
+    fast = provider == "triton" or k != 3  # the interpreter takes minutes for the whole Jacobian
     for renormalize in (False, k > 1):
-        assert torch.autograd.gradcheck(lambda x, gate, r=renormalize: run(x, gate, r), (x, gate), fast_mode=k != 3)
+        assert torch.autograd.gradcheck(lambda x, gate, r=renormalize: run(x, gate, r), (x, gate), fast_mode=fast)
 
 
 def test_only_the_needed_gradient_and_either_output():
@@ -179,7 +180,7 @@ def test_slots_beyond_the_allowed_experts():
         assert all(bool(ALLOWED[m, e]) for e in routing.experts[t, :few].tolist())
 
 
-def test_tokens_that_are_not_routed():
+def test_tokens_that_are_not_routed(provider):
     """Modality −1, valid 0 and no allowed expert: −1 everywhere, no gradient, out of every sum."""
     x, gate = inputs()
     allowed = ALLOWED.clone()
@@ -193,8 +194,12 @@ def test_tokens_that_are_not_routed():
     assert (dx[dead] == 0).all() and (dx[~dead] != 0).any(1).all()
     live = (~dead).nonzero()[:, 0]
     alone = route(x[live], gate, 2, modality=MODALITY[live], allowed=allowed)
-    assert torch.equal(alone.weights, routing.weights[live]) and torch.equal(alone.stats, routing.stats)
-    assert torch.equal(stacked(alone), stacked(routing))
+    assert torch.equal(alone.weights, routing.weights[live])
+    if provider == "triton":  # sums go tile by tile, and which tokens share one has changed
+        torch.testing.assert_close(alone.stats, routing.stats, rtol=1e-14, atol=1e-14)
+        torch.testing.assert_close(stacked(alone), stacked(routing), rtol=1e-14, atol=1e-14)
+    else:
+        assert torch.equal(alone.stats, routing.stats) and torch.equal(stacked(alone), stacked(routing))
     for valid in (VALID.int(), VALID.long() * 3, VALID.to(torch.uint8)):
         assert torch.equal(route(x, gate, 2, valid=valid).experts, route(x, gate, 2, valid=VALID).experts)
     nobody = route(x, gate, 2, valid=torch.zeros(T, dtype=torch.bool))

@@ -1,0 +1,9 @@
+"""Routing and experts on GPU: the launchers of the Triton kernels, for CUDA tensors (CPU tensors in the interpreter).
+
+Sizes of tiles come from shapes alone, ids and counts stay on the device: no tensor is read back.
+"""
+
+from .router_pass import backward as route_backward
+from .router_pass import forward as route_forward
+
+__all__ = ["route_backward", "route_forward"]
