@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple, Protocol, TypeGuard, overload
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol, TypeGuard, overload
 
 import torch
 from torch import Tensor
@@ -206,5 +206,17 @@ def _check_routing(name: str, x: Tensor, routing: object) -> tuple[Tensor, Tenso
     return weights.to(schemas.statistics_dtype(x.dtype)), experts
 
 
-library.announce("_experts_forward", reference=reference_experts.forward)
-library.announce("_experts_backward", reference=reference_experts.backward)
+def _triton_forward() -> Callable[..., Any]:
+    from .triton import experts_forward
+
+    return experts_forward
+
+
+def _triton_backward() -> Callable[..., Any]:
+    from .triton import experts_backward
+
+    return experts_backward
+
+
+library.announce("_experts_forward", reference=reference_experts.forward, triton=_triton_forward)
+library.announce("_experts_backward", reference=reference_experts.backward, triton=_triton_backward)

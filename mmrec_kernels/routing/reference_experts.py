@@ -146,7 +146,7 @@ def forward(
     save_hidden: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """out, and the pre-activations if they are to be saved; `schemas.experts_forward` has the shapes."""
-    _check_experts(experts, w_in.shape[0])
+    check_experts(experts, w_in.shape[0])
     gates, tokens, k = weights.shape
     out = x.new_zeros((gates, *x.shape), dtype=statistics_dtype(x.dtype))
     hidden, shared_hidden = x.new_empty(0), x.new_empty(0)
@@ -253,7 +253,7 @@ def _block_gradients(
     )
 
 
-def _check_experts(experts: Tensor, num_experts: int) -> None:
+def check_experts(experts: Tensor, num_experts: int) -> None:
     if not experts.numel() or not (experts.device.type == "cpu" or library.check_requested()):
         return
     low, high = int(experts.min()), int(experts.max())

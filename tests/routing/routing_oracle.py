@@ -151,7 +151,9 @@ def errors(actual, oracle):
     return torch.stack([difference.abs().max() / top, difference.norm() / norm])
 
 
-def assert_within_rule(name, ours, eager, oracle, dtype):
-    """The rule of numerics: at most twice the error of eager torch in the same dtype, plus a floor."""
+def assert_within_rule(name, ours, eager, oracle, dtype, more=0.0):
+    """The rule of numerics: at most twice the error of eager torch in the same dtype, plus a floor (and `more`)."""
     mine, theirs = errors(ours, oracle), errors(eager, oracle)
-    assert bool((mine <= 2 * theirs + FLOORS[dtype]).all()), f"{name}: {mine.tolist()} against eager {theirs.tolist()}"
+    assert bool((mine <= 2 * theirs + FLOORS[dtype] + more).all()), (
+        f"{name}: {mine.tolist()} against eager {theirs.tolist()}"
+    )

@@ -106,8 +106,10 @@ def test_only_the_needed_gradients():
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["swiglu", "geglu", "relu2"])
-def test_numerics_rule(dtype, activation, monkeypatch):
-    tokens, width, inner, experts, k = 200, 64, 96, 6, 2
+def test_numerics_rule(dtype, activation, provider, monkeypatch):
+    interpreted = provider == "triton"  # slowly, and its bfloat16 stores truncate, which is one unit in the last place
+    tokens, width, inner, experts, k = (50, 24, 20, 3, 2) if interpreted else (200, 64, 96, 6, 2)
+    truncated = torch.finfo(dtype).eps if interpreted and dtype == torch.bfloat16 else 0.0
     rows = 2 * inner if activation in GATED else inner
     raw = [
         normal(tokens, width), normal(tokens, k, seed=1).softmax(1), normal(experts, rows, width, seed=2) / 8,
@@ -131,11 +133,11 @@ def test_numerics_rule(dtype, activation, monkeypatch):
         monkeypatch.setattr(autograd, "SAVE_HIDDEN_WIDTH", 1 if save else 10**9)
         out = ours(*cast)
         assert out.dtype == dtype
-        assert_within_rule("out", out, eager, oracle, dtype)
+        assert_within_rule("out", out, eager, oracle, dtype, truncated)
         mine = torch.autograd.grad(out, cast, upstream)
         for name, *triple in zip(("dx", "dweights", "dw_in", "dw_out"), mine, theirs, truth, strict=True):
             assert triple[0].dtype == triple[1].dtype
-            assert_within_rule(name, *triple, dtype)
+            assert_within_rule(name, *triple, dtype, truncated)
 
 
 def test_one_expert_for_all_is_its_network():

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from routing_aot import DTYPES, check_resources, compiled
 from routing_providers import poison_new_memory, use_reference, use_triton
 from test_routing_kernel import everything, inputs
 
@@ -76,36 +77,6 @@ def test_interpreted_router_leaves_many_experts_to_the_reference(monkeypatch: py
         exact = everything(x, gate, 2, **options)
     use_triton(monkeypatch)
     assert all(torch.equal(a, b) for a, b in zip(everything(x, gate, 2, **options), exact, strict=True))
-
-
-# Sizes of every argument that is no constant; pointers are float32 unless they are listed.
-POINTERS = {"modality": "*i64", "valid": "*u8", "allowed": "*u8", "experts": "*i32"}
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-
-
-def compiled(kernel: Any, rows: tuple[str, ...], dtype: str, constants: dict[str, Any], capability: int) -> Any:
-    """Resources of `kernel`; pointers in `rows` are of `dtype`."""
-    from aot import compile_for
-
-    warps, stages = constants.pop("num_warps", 4), constants.pop("num_stages", 3)
-    constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
-    signature = {}
-    for argument in kernel.arg_names:
-        pointer = argument.removesuffix("_ptr")
-        if argument in constants:
-            continue
-        if argument == pointer:
-            signature[argument] = "i32"
-        else:
-            signature[argument] = f"*{dtype}" if pointer in rows else POINTERS.get(pointer, "*fp32")
-    return compile_for(kernel, signature, constants, capability, num_warps=warps, num_stages=stages), warps
-
-
-def check_resources(used: Any, warps: int, spill: int = 0) -> None:
-    assert used.stack_bytes <= spill
-    assert used.registers * warps * 32 <= 65536
-    assert used.shared_bytes <= 100 * 1024
-    assert "tf32" not in used.ptx
 
 
 # Kernel, kind of its sizes, dtype and experts: those that take another configuration.

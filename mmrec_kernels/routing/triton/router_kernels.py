@@ -104,7 +104,7 @@ def rank_choices(key, choices, slots, num_experts, BLOCK_E: tl.constexpr):
     return rank
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "tiles_each"])
 def route_kernel(
     x_ptr, gate_ptr, modality_ptr, valid_ptr, allowed_ptr, bias_ptr, weights_ptr, experts_ptr, sums_ptr, totals_ptr,
     num_tokens, num_experts, num_modalities, slots, width, x_stride, tiles_each, SCORE: tl.constexpr,
@@ -181,7 +181,7 @@ def column_sums(ptr, programs, stride, offs_e, in_e, BLOCK_P: tl.constexpr, BLOC
     return acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["programs"])
 def finish_kernel(
     sums_ptr, totals_ptr, allowed_ptr, stats_ptr, losses_ptr, programs, num_modalities, num_experts,
     BLOCK_P: tl.constexpr, BLOCK_E: tl.constexpr,
@@ -190,7 +190,7 @@ def finish_kernel(
     m = tl.program_id(0).to(tl.int64)
     offs_e = tl.arange(0, BLOCK_E)
     in_e = offs_e < num_experts
-    at, stride = sums_ptr + m * 3 * num_experts, num_modalities.to(tl.int64) * 3 * num_experts
+    at, stride = sums_ptr + m * 3 * num_experts, tl.cast(num_modalities, tl.int64) * 3 * num_experts
     taken = column_sums(at, programs, stride, offs_e, in_e, BLOCK_P, BLOCK_E)
     share = column_sums(at + num_experts, programs, stride, offs_e, in_e, BLOCK_P, BLOCK_E)
     given = column_sums(at + 2 * num_experts, programs, stride, offs_e, in_e, BLOCK_P, BLOCK_E)
@@ -203,7 +203,7 @@ def finish_kernel(
     tl.store(to, taken, in_e)
     tl.store(to + 1, share, in_e)
     tl.store(to + 2, given, in_e)
-    num_choices = num_experts.to(tl.float64)
+    num_choices = tl.cast(num_experts, tl.float64)
     if allowed_ptr is not None:
         num_choices = tl.sum((tl.load(allowed_ptr + m * num_experts + offs_e, in_e, 0) != 0).to(tl.float64), 0)
     per_token = 1.0 / tl.where(tokens > 0, tokens, 1.0)
@@ -249,7 +249,7 @@ def slopes_kernel(
     tl.store(factors_ptr + 2 * m + 1, local * per_token)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def route_backward_kernel(
     grad_weights_ptr, dp_ptr, factors_ptr, x_ptr, gate_ptr, modality_ptr, valid_ptr, allowed_ptr, weights_ptr,
     experts_ptr, dlogits_ptr, num_tokens, num_experts, num_modalities, slots, width, x_stride,
@@ -296,7 +296,7 @@ def route_backward_kernel(
              in_t[:, None] & (offs_e < num_experts)[None, :])  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def token_gradient_kernel(
     dlogits_ptr, gate_ptr, dx_ptr, num_tokens, num_experts, width, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_D: tl.constexpr, UPCAST: tl.constexpr, WIDE: tl.constexpr,
@@ -317,7 +317,7 @@ def token_gradient_kernel(
     tl.store(dx_ptr + offs_t[:, None] * width + offs_d[None, :], acc, in_t[:, None] & in_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "tiles_each"])
 def gate_sums_kernel(
     dlogits_ptr, x_ptr, modality_ptr, valid_ptr, out_ptr, num_tokens, num_experts, num_modalities, width, x_stride,
     tiles_each, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_D: tl.constexpr, UPCAST: tl.constexpr,

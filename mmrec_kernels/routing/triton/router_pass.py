@@ -49,7 +49,8 @@ def _flags(x: Tensor, gate_weight: Tensor) -> dict[str, Any]:
     }
 
 
-def _rows(x: Tensor) -> Tensor:
+def rows_of(x: Tensor) -> Tensor:
+    """`x [T, d]` with its rows whole."""
     return x if x.stride(1) == 1 or x.shape[1] == 1 else x.contiguous()
 
 
@@ -81,7 +82,7 @@ def forward(
     losses = x.new_empty((4, num_modalities), dtype=dtype)
     if num_modalities == 0:
         return weights, ids, stats, losses
-    x, gate_weight = _rows(x), gate_weight.contiguous()
+    x, gate_weight = rows_of(x), gate_weight.contiguous()
     modality, allowed, valid, bias = _vectors(modality, allowed, valid, bias)
     sizes = _sizes("rows", experts, width, x.dtype)
     tiles = triton.cdiv(tokens, sizes["BLOCK_T"])
@@ -120,7 +121,7 @@ def backward(
     if tokens == 0 or width == 0 or num_modalities == 0:
         return dx.zero_(), gate_weight.new_zeros(gate_weight.shape if need_gate_weight else 0)
     dtype = stats.dtype
-    rows, gate = _rows(x), gate_weight.contiguous()
+    rows, gate = rows_of(x), gate_weight.contiguous()
     modality, allowed, valid = _vectors(modality, allowed, valid)
     sizes, flags = _sizes("rows", num_experts, width, x.dtype), _flags(x, gate_weight)
     dp, factors = None, None
