@@ -5,6 +5,11 @@ In the interpreter the contract tests run on them as well (conftest.py).
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,6 +22,7 @@ from torch import Tensor
 from gpu import assert_captured
 from mmrec_kernels.routing import SharedExpert, autograd, mixture_of_experts
 from numerics import errors
+from paths import ROOT
 
 triton = pytest.importorskip("triton")
 
@@ -187,6 +193,25 @@ def test_small_kernels_compiled_ahead_of_time(name: str, capability: int) -> Non
     kernel = getattr(importlib.import_module(f"mmrec_kernels.routing.triton.{module}"), f"{name}_kernel")
     constants = {"BLOCK_T": 64, "BLOCK_E": 16, "WIDE": tl.float32, **constants}
     check_resources(*compiled(kernel, ("x", "gate", "grad", "out"), "bf16", constants, capability))
+
+
+def test_launches_compiled_ahead_of_time() -> None:
+    """Every kernel, as the launchers ask for it, in every dtype and with sizes of one, which the compiler folds; and
+    batches of other numbers of tokens, which need no kernel of their own."""
+    here = Path(__file__).parent
+    folders = (str(ROOT), str(ROOT / "tests"), str(here), os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    command = [sys.executable, str(here / "launches_ahead_of_time.py")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert set(told["everything"]) == {
+        "route_kernel", "finish_kernel", "slopes_kernel", "route_backward_kernel", "token_gradient_kernel",
+        "gate_sums_kernel", "shared_gate_kernel", "count_kernel", "place_kernel", "network_kernel", "up_kernel",
+        "rows_kernel", "combine_kernel", "hidden_gradient_kernel", "coefficient_gradient_kernel", "outer_kernel",
+        "token_sum_kernel", "weighted_sum_kernel",
+    }  # fmt: skip
+    assert told["ragged"] == {}
 
 
 @pytest.mark.gpu

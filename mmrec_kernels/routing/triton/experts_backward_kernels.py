@@ -112,16 +112,17 @@ def coefficient_gradient_kernel(
         if y_ptr is None:
             for block in range(blocks):
                 acc += tl.load(shares_ptr + tl.cast(block, tl.int64) * pairs + pair, read, 0.0)
-        for d in range(0, width if y_ptr is not None or b_out_ptr is not None else 0, BLOCK_D):
-            offs_d = d + tl.arange(0, BLOCK_D)
-            in_d = offs_d < width
-            row = grad_ptr + (tl.cast(gate, tl.int64) * num_tokens + token)[:, None] * width + offs_d[None, :]
-            dout = tl.load(row, used[:, None] & in_d[None, :], 0).to(WIDE)
-            if y_ptr is not None:
-                y = tl.load(y_ptr + pair[:, None] * width + offs_d[None, :], used[:, None] & in_d[None, :], 0.0)
-                acc += tl.sum(dout * y, 1)
-            else:
-                acc += tl.sum(dout * tl.load(b_out_ptr + e * width + offs_d, in_d, 0).to(WIDE)[None, :], 1)
+        if y_ptr is not None or b_out_ptr is not None:
+            for d in range(0, width, BLOCK_D):
+                offs_d = d + tl.arange(0, BLOCK_D)
+                in_d = offs_d < width
+                row = grad_ptr + (tl.cast(gate, tl.int64) * num_tokens + token)[:, None] * width + offs_d[None, :]
+                dout = tl.load(row, used[:, None] & in_d[None, :], 0).to(WIDE)
+                if y_ptr is not None:
+                    y = tl.load(y_ptr + pair[:, None] * width + offs_d[None, :], used[:, None] & in_d[None, :], 0.0)
+                    acc += tl.sum(dout * y, 1)
+                else:
+                    acc += tl.sum(dout * tl.load(b_out_ptr + e * width + offs_d, in_d, 0).to(WIDE)[None, :], 1)
         tl.store(out_ptr + at, tl.where(used, acc, 0.0), read)
 
 
