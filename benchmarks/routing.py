@@ -36,13 +36,26 @@ SHAPES = {
         {"tokens": 2**20, "width": 64, "experts": 16, "k": 2},
     ),
 }
+# On a GPU instead of those: training at scale, a small step, serving; and a million tokens of `route` alone.
+_SIZES = ("tokens", "width", "hidden", "experts", "k")
+GPU_SHAPES = (
+    *(
+        dict(zip(_SIZES, sizes, strict=True))
+        for sizes in (
+            (2**20, 64, 128, 8, 2), (65536, 256, 512, 16, 2), (8192, 256, 512, 8, 2), (16384, 512, 1024, 32, 4),
+            (32768, 1024, 4096, 64, 2), (256, 256, 512, 8, 2),
+        )
+    ),
+    {"tokens": 2**20, "width": 64, "experts": 16, "k": 2},
+    {"tokens": 4096, "width": 256, "experts": 8, "k": 2},
+)  # fmt: skip
 
 
 def cases(shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES) -> list[Case]:
     """One case per shape, dtype and mode."""
     return [
         (case if "hidden" in shape else router.case)(shape, dtype, device, mode)
-        for shape in SHAPES[shapes]
+        for shape in (GPU_SHAPES if device == "cuda" and shapes == "full" else SHAPES[shapes])
         for dtype in dtypes
         for mode in modes
     ]
@@ -69,7 +82,7 @@ def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
         work,
         (
             Provider(our_name("_experts_forward", device), _ours, ours=True),
-            *peers(),
+            *peers(device),
         ),
         inputs=lambda: inputs(shape, dtype, device),
         judge=lambda given: against(_oracle(given, mode)),

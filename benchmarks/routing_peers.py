@@ -24,9 +24,10 @@ _MOST_BYTES = 2**29
 Experts = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def peers() -> tuple[Provider, ...]:
+def peers(device: str) -> tuple[Provider, ...]:
     """All of them, the eager loop first."""
     backs = ("eager", "batched_mm", "grouped_mm")
+    liger = Provider("Liger fused MoE", partial(_routed_then, _liger), module="liger_kernel", install="liger-kernel")
     return (
         Provider("torch loop over experts", partial(_routed_then, _loop)),
         Provider("torch.compile of the loop", _compiled),
@@ -34,6 +35,7 @@ def peers() -> tuple[Provider, ...]:
         Provider("torch sort + grouped_mm", partial(_routed_then, _grouped)),
         Provider("torch, one masked call per modality", _per_modality),
         *(Provider(f"transformers {back}", partial(_transformers, back), module="transformers") for back in backs),
+        *((liger,) if device == "cuda" else ()),
     )
 
 
@@ -109,6 +111,12 @@ def _per_modality(given: Inputs, mode: str) -> Call:
         return out
 
     return in_mode(forward, leaves, given["grad"], mode)
+
+
+def _liger(x: Tensor, weights: Tensor, ids: Tensor, w_in: Tensor, w_out: Tensor) -> Tensor:
+    from liger_kernel.ops.fused_moe import LigerFusedMoEFunction
+
+    return LigerFusedMoEFunction.apply(x, w_in, w_out, ids.to(torch.int32), weights)
 
 
 def _transformers(back: str, given: Inputs, mode: str) -> Call:
