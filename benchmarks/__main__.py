@@ -119,9 +119,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = _chosen(parser, "--mode", args.mode, getattr(module, "MODES", MODES), args.op)
     options = _ks(parser, args, module)
     if args.candidates:
-        if args.op not in ("retrieval", "attention") or args.device != "cuda":
+        if args.op not in ("retrieval", "attention", "routing") or args.device != "cuda":
             parser.error(
-                f"--candidates is an option of retrieval and attention on cuda, got {args.op} on {args.device}"
+                f"--candidates is an option of retrieval, attention and routing on cuda, got {args.op} on {args.device}"
             )
         options["candidates"] = True
     path = _path(parser, args)

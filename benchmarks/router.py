@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear, one_hot
 
+from .. import schemas
 from ..routing import route
-from .case import Call, Case, Inputs, Provider, Work, against, generator, leaf, our_name, torch_dtype
+from .case import Call, Case, Inputs, Provider, Work, against, by_candidate, generator, leaf, our_name, torch_dtype
 
 MODALITIES = 3
 _SIZES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
-def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
-    """The case of `shape`: tokens read once, weights and ids written; the gradient of the tokens written once."""
+def case(shape: dict[str, int], dtype: str, device: str, mode: str, candidates: bool = False) -> Case:
+    """The case of `shape`: tokens read once, weights and ids written; the gradient of the tokens written once. With
+    `candidates` also by the CUDA C++ kernel that does not serve yet."""
     tokens, width, experts, k = shape.values()
     rows, results, product = tokens * width * _SIZES[dtype], 8 * tokens * k, 2 * tokens * width * experts
     work = {
@@ -27,6 +29,7 @@ def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
         "backward": Work(3 * product, rows, rows),
         "full": Work(4 * product, rows, rows + results),
     }[mode]
+    small = Provider("mmrec (CUDA C++, one launch)", ours_in_one_launch, ours=True)
     return Case(
         "routing",
         shape,
@@ -36,6 +39,7 @@ def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
         work,
         (
             Provider(our_name("_routing_forward", device), _ours, ours=True),
+            *((small,) if candidates and mode == "forward" and tokens <= 4096 and experts <= 64 else ()),
             Provider("torch", _torch),
             Provider("torch.compile", _compiled),
             Provider("torch, the gate's product alone", _gate, yardstick=True),
@@ -112,6 +116,11 @@ def _call(function: Route, given: Inputs, mode: str, dtype: torch.dtype | None =
 
 def _ours(given: Inputs, mode: str) -> Call:
     return _call(_kernel, given, mode)
+
+
+def ours_in_one_launch(given: Inputs, mode: str) -> Call:
+    """By the CUDA C++ kernel for few tokens, which also makes the experts' plan."""
+    return by_candidate(lambda *args: schemas.routing_forward_small(*args)[:4], _call(_kernel, given, mode))
 
 
 def _torch(given: Inputs, mode: str) -> Call:

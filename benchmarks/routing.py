@@ -51,10 +51,12 @@ GPU_SHAPES = (
 )  # fmt: skip
 
 
-def cases(shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES) -> list[Case]:
-    """One case per shape, dtype and mode."""
+def cases(
+    shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES, candidates: bool = False
+) -> list[Case]:
+    """One case per shape, dtype and mode; with `candidates` also by the CUDA C++ kernel that does not serve yet."""
     return [
-        (case if "hidden" in shape else router.case)(shape, dtype, device, mode)
+        case(shape, dtype, device, mode) if "hidden" in shape else router.case(shape, dtype, device, mode, candidates)
         for shape in (GPU_SHAPES if device == "cuda" and shapes == "full" else SHAPES[shapes])
         for dtype in dtypes
         for mode in modes

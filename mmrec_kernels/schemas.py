@@ -293,10 +293,13 @@ def nf4_dequantize(
 # ---- routing ---------------------------------------------------------------------------------------------------------
 
 
-@_define(
-    "_routing_forward(Tensor x, Tensor gate_weight, Tensor? modality, Tensor? allowed, Tensor? bias, Tensor? valid,"
-    " SymInt k, SymInt num_modalities, str score, bool renormalize) -> (Tensor, Tensor, Tensor, Tensor)"
+_ROUTING_INPUTS = (
+    "Tensor x, Tensor gate_weight, Tensor? modality, Tensor? allowed, Tensor? bias, Tensor? valid,"
+    " SymInt k, SymInt num_modalities, str score, bool renormalize"
 )
+
+
+@_define(f"_routing_forward({_ROUTING_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor)")
 def routing_forward(
     x: Tensor,
     gate_weight: Tensor,
@@ -316,6 +319,33 @@ def routing_forward(
         x.new_empty(shape, dtype=torch.int32),
         x.new_empty((num_modalities, gate_weight.shape[0], 3), dtype=dtype),
         x.new_empty((4, num_modalities), dtype=dtype),
+    )
+
+
+# CUDA C++ for few tokens: the same op in one launch, and the experts' plan; for the benchmark until a GPU run shows it
+# faster.
+@_define(f"_routing_forward_small({_ROUTING_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
+def routing_forward_small(
+    x: Tensor,
+    gate_weight: Tensor,
+    modality: Tensor | None,
+    allowed: Tensor | None,
+    bias: Tensor | None,
+    valid: Tensor | None,
+    k: int,
+    num_modalities: int,
+    score: str,
+    renormalize: bool,
+) -> tuple[Tensor, ...]:
+    """What `_routing_forward` gives, and of the (expert, token) pairs, by expert, then by token, int64: where each
+    expert's begin [E + 1], their tokens [T·k], the rest of which is not written, and the pair of each slot [T, k], −1
+    without."""
+    tokens = x.shape[0]
+    return (
+        *routing_forward(x, gate_weight, modality, allowed, bias, valid, k, num_modalities, score, renormalize),
+        x.new_empty(gate_weight.shape[0] + 1, dtype=torch.int64),
+        x.new_empty(tokens * k, dtype=torch.int64),
+        x.new_empty((tokens, k), dtype=torch.int64),
     )
 
 

@@ -78,6 +78,10 @@ struct Emulator {
   }
 };
 
+inline int ones(uint32_t word) { return __builtin_popcount(word); }
+template <typename T>
+T from_others(const T* at) { return *at; }
+
 inline int lane() { return Emulator::here().current; }
 
 template <typename T>

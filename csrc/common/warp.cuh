@@ -19,6 +19,11 @@ constexpr unsigned kAll = 0xffffffffu;
 
 MMREC_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 
+MMREC_DEVICE int ones(uint32_t word) { return __popc(word); }
+// What other blocks of this launch have written: past the first level of cache.
+template <typename T>
+MMREC_DEVICE T from_others(const T* at) { return __ldcg(at); }
+
 MMREC_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31); }
 template <typename T>
 MMREC_DEVICE T shuffle(T x, int from) { return __shfl_sync(kAll, x, from); }
