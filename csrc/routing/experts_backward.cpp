@@ -44,19 +44,9 @@ class Pass {
       void* const shared = shared_hidden ? const_cast<void*>(held(*shared_hidden)) : nullptr;
       kept_ = problem_.kept_hidden(kept, shared, arguments.x.element_size());
     }
-    const std::array<const Tensor*, kNeeds> inputs{
-        &arguments.x,   &arguments.weights,   &arguments.w_in,          &arguments.w_out,          of(arguments.b_in),
-        of(arguments.b_out), of(arguments.shared_w_in), of(arguments.shared_w_out), of(arguments.shared_gate)};
-    for (size_t n = 0; n < kNeeds; ++n) {
-      needed_[n] = inputs[n] != nullptr && (needs >> n & 1) != 0;
-      const ScalarType type = n == kX ? arguments.x.scalar_type() : kType;
-      sums_.push_back(needed_[n] ? torch::stable::new_empty(*inputs[n], sizes(*inputs[n]), type)
-                                 : torch::stable::new_empty(arguments.x, {0}));
-      types_.push_back(inputs[n] != nullptr ? inputs[n]->scalar_type() : arguments.x.scalar_type());
-      if (needed_[n] && n != kX && n != kWeights) {  // those are written, the others added to
-        std::memset(sums_.back().mutable_data_ptr(), 0, static_cast<size_t>(sums_.back().numel()) * sizeof(T));
-      }
-    }
+    inputs_ = {&arguments.x,   &arguments.weights,   &arguments.w_in,          &arguments.w_out,          of(arguments.b_in),
+               of(arguments.b_out), of(arguments.shared_w_in), of(arguments.shared_w_out), of(arguments.shared_gate)};
+    for (size_t n = 0; n < kNeeds; ++n) needed_[n] = inputs_[n] != nullptr && (needs >> n & 1) != 0;
     gate_sums_.assign(static_cast<size_t>(needed_[kSharedGate] ? problem_.pass.width : 0), 0.0);
   }
 
@@ -67,14 +57,24 @@ class Pass {
     activated_stride_ = kernels_.whole_width(problem_.pass, problem_.pass.most_hidden);
     const int64_t staged = kernels_.staged_bytes(problem_.pass);
     const int64_t bytes = (hidden_stride_ + activated_stride_ + width) * staged + padded_ * static_cast<int64_t>(sizeof(T));
-    const int64_t step = problem_.tokens_of_pass(bytes);
-    for (int64_t first = 0; first < problem_.tokens; first += step) {
-      differentiate(first, std::min(first + step, problem_.tokens), staged);
+    int64_t sums = 0;
+    for (size_t n = kWIn; n < kNeeds; ++n) sums += needed_[n] ? inputs_[n]->numel() : 0;
+    const int64_t step = problem_.tokens_of_pass(bytes, sums * static_cast<int64_t>(sizeof(T)));
+    if (problem_.tokens > 0 && problem_.tokens <= step) {
+      const ExpertsPlan plan = problem_.plan(0, problem_.tokens);
+      allocate(&plan);
+      differentiate(plan, 0, problem_.tokens, staged);
+    } else {
+      allocate(nullptr);
+      for (int64_t first = 0; first < problem_.tokens; first += step) {
+        const int64_t last = std::min(first + step, problem_.tokens);
+        differentiate(problem_.plan(first, last), first, last, staged);
+      }
     }
     auto* const gate = needed_[kSharedGate] ? static_cast<T*>(sums_[kSharedGate].mutable_data_ptr()) : nullptr;
     for (size_t d = 0; d < gate_sums_.size(); ++d) gate[d] = static_cast<T>(gate_sums_[d]);
     for (size_t n = 0; n < kNeeds; ++n) {
-      if (needed_[n]) sums_[n] = torch::stable::to(sums_[n], types_[n]);
+      if (needed_[n]) sums_[n] = rounded(n);
     }
     return {sums_[0], sums_[1], sums_[2], sums_[3], sums_[4], sums_[5], sums_[6], sums_[7], sums_[8]};
   }
@@ -86,11 +86,55 @@ class Pass {
     for (int64_t n = 0; n < tensor.dim(); ++n) found.push_back(tensor.size(n));
     return found;
   }
+  static bool is_of_experts(size_t n) { return n >= kWIn && n <= kBOut; }
+
+  // What is added to, in T; of the experts' parameters, where they are narrower, only of those that have tokens if these are
+  // few: for one token the zeros of the others would be most of the work.
+  void allocate(const ExpertsPlan* plan) {
+    place_.resize(static_cast<size_t>(problem_.experts));
+    int64_t used = 0;
+    for (int64_t e = 0; e < problem_.experts; ++e) {
+      place_[static_cast<size_t>(e)] = e;
+      used += plan != nullptr && has_pairs(*plan, e) ? 1 : 0;
+    }
+    some_ = plan != nullptr && 2 * used <= problem_.experts && inputs_[kWIn]->scalar_type() != kType;
+    for (int64_t e = 0, next = 0; some_ && e < problem_.experts; ++e) {
+      place_[static_cast<size_t>(e)] = has_pairs(*plan, e) ? next++ : -1;
+    }
+    for (size_t n = 0; n < kNeeds; ++n) {
+      if (!needed_[n]) {
+        sums_.push_back(torch::stable::new_empty(arguments_.x, {0}));
+        continue;
+      }
+      std::vector<int64_t> shape = sizes(*inputs_[n]);
+      if (some_ && is_of_experts(n)) shape[0] = used;
+      sums_.push_back(torch::stable::new_empty(*inputs_[n], shape, n == kX ? arguments_.x.scalar_type() : kType));
+      if (n != kX && n != kWeights) {  // those are written, the others added to
+        std::memset(sums_.back().mutable_data_ptr(), 0, static_cast<size_t>(sums_.back().numel()) * sizeof(T));
+      }
+    }
+  }
+  static bool has_pairs(const ExpertsPlan& plan, int64_t e) {
+    return plan.first[static_cast<size_t>(e)] < plan.first[static_cast<size_t>(e + 1)];
+  }
+
+  // Sums in the type of their parameter.
+  Tensor rounded(size_t n) const {
+    const ScalarType type = inputs_[n]->scalar_type();
+    if (!some_ || !is_of_experts(n)) return torch::stable::to(sums_[n], type);
+    Tensor all = torch::stable::new_zeros(*inputs_[n], sizes(*inputs_[n]), type);
+    for (int64_t e = 0; e < problem_.experts; ++e) {
+      const int64_t at = place_[static_cast<size_t>(e)];
+      if (at < 0) continue;
+      Tensor one = torch::stable::select(all, 0, e);
+      torch::stable::copy_(one, torch::stable::select(sums_[n], 0, at));
+    }
+    return all;
+  }
   T* sums(Need need) { return needed_[need] ? static_cast<T*>(sums_[need].mutable_data_ptr()) : nullptr; }
 
-  void differentiate(int64_t first, int64_t last, int64_t staged) {
+  void differentiate(const ExpertsPlan& plan, int64_t first, int64_t last, int64_t staged) {
     const int64_t gates = problem_.gates, width = problem_.pass.width;
-    const ExpertsPlan plan = problem_.plan(first, last);
     const auto pairs = static_cast<int64_t>(plan.tokens.size());
     const int64_t used_pairs = plan.first[static_cast<size_t>(problem_.experts + 1)];
     problem_.pass.tokens = plan.tokens.data();
@@ -195,7 +239,7 @@ class Pass {
       if (begin == end) continue;
       const bool shared = e == problem_.experts;
       const Expert expert = problem_.expert(e);
-      const int64_t rows = expert.rows(problem_.pass.activation), at = shared ? 0 : e;
+      const int64_t rows = expert.rows(problem_.pass.activation), at = shared ? 0 : place_[static_cast<size_t>(e)];
       T *const w_in = sums(shared ? kSharedWIn : kWIn), *const w_out = sums(shared ? kSharedWOut : kWOut);
       T *const b_in = shared ? nullptr : sums(kBIn), *const b_out = shared ? nullptr : sums(kBOut);
       add({to.grad_hidden, to.hidden_stride, 0, 0, nullptr, 0, width, begin, end}, rows,
@@ -275,8 +319,10 @@ class Pass {
   const T *weights_ = nullptr, *gate_ = nullptr;
   KeptHidden kept_;
   std::array<bool, kNeeds> needed_{};
+  std::array<const Tensor*, kNeeds> inputs_{};
   std::vector<Tensor> sums_;  // the results, before they are rounded
-  std::vector<ScalarType> types_;
+  std::vector<int64_t> place_;  // of an expert among the sums, −1 without
+  bool some_ = false;  // whether sums are of some experts only
   std::vector<double> gate_sums_;
   std::vector<T> rest_;  // of the shared expert's pairs: 1 − their coefficients
 };

@@ -17,7 +17,7 @@ namespace {
 constexpr const char* kActivations[] = {"swiglu", "geglu", "gelu", "relu", "relu2", "silu", "identity"};
 // Up to this many tokens the width lies in lanes.
 constexpr int64_t kFewTokens = 6;
-constexpr int64_t kPassBytes = int64_t{64} << 20, kLeastPass = 4096;
+constexpr int64_t kPassBytes = int64_t{32} << 20, kLeastPass = 1024;
 
 }  // namespace
 
@@ -121,9 +121,9 @@ ExpertsPlan ExpertsProblem<T>::plan(int64_t begin, int64_t end) const {
 }
 
 template <typename T>
-int64_t ExpertsProblem<T>::tokens_of_pass(int64_t pair_bytes) const {
+int64_t ExpertsProblem<T>::tokens_of_pass(int64_t pair_bytes, int64_t sums_bytes) const {
   const int64_t pairs = std::min(gates * k, experts) + (has_shared ? 1 : 0);
-  return std::max(kLeastPass, kPassBytes / std::max<int64_t>(pairs * pair_bytes, 1));
+  return std::max(kLeastPass, std::max(kPassBytes, sums_bytes) / std::max<int64_t>(pairs * pair_bytes, 1));
 }
 
 template <typename T>

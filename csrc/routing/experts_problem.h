@@ -58,8 +58,9 @@ class ExpertsProblem {
 
   // Of the tokens [begin, end).
   ExpertsPlan plan(int64_t begin, int64_t end) const;
-  // As many tokens at a time as memory is meant to hold, with so many bytes for each of their pairs: by sizes alone.
-  int64_t tokens_of_pass(int64_t pair_bytes) const;
+  // As many tokens at a time as memory is meant to hold, with so many bytes for each of their pairs: by sizes alone. A pass may
+  // take as much as what it adds to, `sums_bytes`, which it reads and writes once.
+  int64_t tokens_of_pass(int64_t pair_bytes, int64_t sums_bytes = 0) const;
   // Where pre-activations are, in the order of all tokens' pairs and in that of the tokens.
   KeptHidden kept_hidden(void* hidden, void* shared, int64_t element_bytes) const;
   // Those of a plan, the shared expert's last; `kept` (or null) moves on.
