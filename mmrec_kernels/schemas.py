@@ -325,28 +325,14 @@ def routing_forward(
 # CUDA C++ for few tokens: the same op in one launch, and the experts' plan; for the benchmark until a GPU run shows it
 # faster.
 @_define(f"_routing_forward_small({_ROUTING_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)")
-def routing_forward_small(
-    x: Tensor,
-    gate_weight: Tensor,
-    modality: Tensor | None,
-    allowed: Tensor | None,
-    bias: Tensor | None,
-    valid: Tensor | None,
-    k: int,
-    num_modalities: int,
-    score: str,
-    renormalize: bool,
-) -> tuple[Tensor, ...]:
+def routing_forward_small(*arguments: Any) -> tuple[Tensor, ...]:
     """What `_routing_forward` gives, and of the (expert, token) pairs, by expert, then by token, int64: where each
     expert's begin [E + 1], their tokens [T·k], the rest of which is not written, and the pair of each slot [T, k], −1
     without."""
-    tokens = x.shape[0]
-    return (
-        *routing_forward(x, gate_weight, modality, allowed, bias, valid, k, num_modalities, score, renormalize),
-        x.new_empty(gate_weight.shape[0] + 1, dtype=torch.int64),
-        x.new_empty(tokens * k, dtype=torch.int64),
-        x.new_empty((tokens, k), dtype=torch.int64),
-    )
+    weights, *_ = found = routing_forward(*arguments)
+    experts = arguments[1].shape[0]
+    sizes = (experts + 1, weights.shape[0] * weights.shape[1], weights.shape)
+    return (*found, *(weights.new_empty(size, dtype=torch.int64) for size in sizes))
 
 
 @_define(

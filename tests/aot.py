@@ -63,6 +63,23 @@ def compile_for(
     return Resources(usage["REG"], usage["STACK"], int(compiled.metadata.shared), compiled.asm["ptx"])
 
 
+def signature_of(
+    kernel: Any, constants: dict[str, Any], rows: tuple[str, ...], dtype: str, pointers: dict[str, str]
+) -> dict[str, str]:
+    """Types of a kernel's arguments that are no constants: numbers are i32; pointers in `rows` are of `dtype`, those in
+    `pointers` of the type there, and others float32."""
+    found = {}
+    for argument in kernel.arg_names:
+        pointer = argument.removesuffix("_ptr")
+        if argument in constants:
+            continue
+        if argument == pointer:
+            found[argument] = "i32"
+        else:
+            found[argument] = f"*{dtype}" if pointer in rows else pointers.get(pointer, "*fp32")
+    return found
+
+
 def resource_usage(path: Path) -> dict[tuple[str, str], dict[str, int]]:
     """REG, STACK, SHARED and more of every kernel of a cubin or of a library, by architecture and mangled name."""
     tool = next(Path(triton.__file__).parent.rglob("cuobjdump"))

@@ -177,7 +177,10 @@ def test_json_dir_is_by_device(tiny, tmp_path):
             "--where must be sizes like batch=256, with commas between them, got",
         ),
         (["--op", "routing", "--where", "tokens=3"], "--where tokens=3: no shape has these sizes; there are"),
-        (["--op", "attention", "--candidates"], "--candidates is an option of retrieval, attention and routing on cuda, got"),
+        (
+            ["--op", "attention", "--candidates"],
+            "--candidates is an option of retrieval, attention and routing on cuda, got",
+        ),
         (["--op", "retrieval", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["--op", "retrieval", "--seconds", "nan"], "--seconds must not be negative, got nan"),
         (["--op", "retrieval", "--json", "no/such/folder/rows.json"], "there is no folder no/such/folder"),

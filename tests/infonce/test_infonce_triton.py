@@ -199,7 +199,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 def compiled(name: str, dtype: str, width: int, masked: bool, capability: int) -> Any:
     """Resources of a kernel in its shipped configuration; `masked`: norms, logQ, ids and lists."""
-    from aot import compile_for
+    from aot import compile_for, signature_of
     from mmrec_kernels.infonce.triton import backward_kernels, block_sizes, forward_kernels
 
     kernels = forward_kernels if name == "forward" else backward_kernels
@@ -213,17 +213,8 @@ def compiled(name: str, dtype: str, width: int, masked: bool, capability: int) -
     absent = UNUSED if masked else (*UNUSED, *MASKED)
     constants |= {f"{pointer}_ptr": None for pointer in absent}
     constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
-    signature = {}
-    for argument in kernel.arg_names:
-        pointer = argument.removesuffix("_ptr")
-        if argument in constants:
-            continue
-        if argument == pointer:
-            signature[argument] = "i32"
-        elif pointer in ("q", "k") or (pointer == "out" and name == "weights"):
-            signature[argument] = f"*{dtype}"
-        else:
-            signature[argument] = POINTERS.get(pointer, "*fp32")
+    rows = ("q", "k", "out") if name == "weights" else ("q", "k")
+    signature = signature_of(kernel, constants, rows, dtype, POINTERS)
     return compile_for(kernel, signature, constants, capability, num_warps=warps, num_stages=stages), warps
 
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from interface_helpers import BATCH, LENGTH, ids, results
 from torch import Tensor
 
 import mmrec.llm.attention
 from mmrec.llm import Backbone, kernel_attention, register_attention, unregister_attention
 
-BATCH, LENGTH = 3, 11
 CAUSAL: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.3, "attention_dropout": 0.0,
@@ -57,34 +57,19 @@ def nothing_stays_registered() -> Iterator[None]:
     unregister_attention()
 
 
-def ids(rows: int = BATCH, length: int = LENGTH) -> Tensor:
-    return torch.randint(5, 90, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
 def padding(side: str) -> Tensor:
     """One text of full length, the others padded."""
     present = torch.arange(LENGTH) < torch.tensor([[LENGTH], [LENGTH - 4], [1]])
     return (present if side == "right" else present.flip(1)).long()
 
 
-def results(model: Any, shown: Tensor | None, given: dict[str, Tensor]) -> list[Tensor]:
-    """Outputs at positions that are `shown`, and the gradients of a weighted sum of them."""
-    model.zero_grad()
-    output = model(**given)
-    hidden = output.logits if "logits" in output else output.last_hidden_state
-    hidden = hidden if shown is None else hidden[shown.bool()]
-    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
-    (weights * hidden).sum().backward()
-    return [hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
-
-
 def assert_as_eager(model: Any, shown: Tensor | None = None, **given: Tensor) -> None:
     """In float32, both round on their way: outputs and gradients are held to 2e-5 of their largest element, and what
     has no gradient but rounding (a bias of keys) to 1e-6 of the largest of all."""
     model.eval().set_attn_implementation("eager")
-    eager = results(model, shown, given)
+    eager = results(model, given, shown)
     with kernel_attention(model):
-        ours = results(model, shown, given)
+        ours = results(model, given, shown)
     largest = max(float(b.abs().max()) for b in eager)
     for a, b in zip(ours, eager, strict=True):
         assert (a - b).abs().max() <= 2e-5 * b.abs().max() + 1e-6 * largest

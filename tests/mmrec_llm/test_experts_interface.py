@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
+from interface_helpers import BATCH, LENGTH, ids, results
 from torch import Tensor
 from transformers.integrations.moe import use_experts_implementation
 
 from mmrec.llm import kernel_experts, register_experts, unregister_experts
 
-BATCH, LENGTH = 3, 11
 SIZES: dict[str, Any] = {
     "vocab_size": 99, "hidden_size": 32, "intermediate_size": 40, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.3,
@@ -62,24 +62,10 @@ def nothing_stays_registered() -> Iterator[None]:
     unregister_experts()
 
 
-def ids(rows: int = BATCH, length: int = LENGTH) -> Tensor:
-    return torch.randint(5, 90, (rows, length), generator=torch.Generator().manual_seed(1))
-
-
 def given_to(model: Any) -> dict[str, Tensor]:
     if "Ernie" not in type(model).__name__:
         return {"input_ids": ids()}
     return {"input_ids": ids(), "moe_mm_token_type_ids": (ids() % 3 == 0).int()}
-
-
-def results(model: Any, given: dict[str, Tensor]) -> list[Tensor]:
-    """Outputs and the gradients of a weighted sum of them."""
-    model.zero_grad()
-    output = model(**given)
-    hidden = output.logits if "logits" in output else output.last_hidden_state
-    weights = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(2))
-    (weights * hidden).sum().backward()
-    return [hidden.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
 def assert_as_eager(model: Any, given: dict[str, Tensor]) -> None:

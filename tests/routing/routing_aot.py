@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from aot import Resources, compile_for
+from aot import Resources, compile_for, signature_of
 
 # Sizes of every argument that is no constant; pointers are float32 unless they are listed.
 POINTERS = {
@@ -22,15 +22,7 @@ def compiled(
     """Resources of `kernel`; pointers in `rows` are of `dtype`."""
     warps, stages = constants.pop("num_warps", 4), constants.pop("num_stages", 3)
     constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
-    signature = {}
-    for argument in kernel.arg_names:
-        pointer = argument.removesuffix("_ptr")
-        if argument in constants:
-            continue
-        if argument == pointer:
-            signature[argument] = "i32"
-        else:
-            signature[argument] = f"*{dtype}" if pointer in rows else POINTERS.get(pointer, "*fp32")
+    signature = signature_of(kernel, constants, rows, dtype, POINTERS)
     return compile_for(kernel, signature, constants, capability, num_warps=warps, num_stages=stages), warps
 
 
