@@ -128,6 +128,7 @@ def _torch(given: Inputs, mode: str) -> Call:
 
 
 def _compiled(given: Inputs, mode: str) -> Call:
+    torch._dynamo.reset()  # or shapes become dynamic from the second one on
     return _call(torch.compile(_plain, fullgraph=True), given, mode)
 
 

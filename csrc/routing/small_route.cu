@@ -64,6 +64,7 @@ Results route(const Tensor& x, const Tensor& gate_any, const std::optional<Tenso
   const ScalarType dtype = x.scalar_type(), gate_dtype = gate_any.scalar_type();
   const bool narrow = dtype == ScalarType::BFloat16 || dtype == ScalarType::Half;
   MMREC_CHECK(narrow || dtype == ScalarType::Float, "x must be float32, bfloat16 or float16 for the CUDA C++ kernel");
+  MMREC_CHECK(gate_dtype == dtype || gate_dtype == ScalarType::Float, "gate_weight must have the dtype of x or be float32");
   MMREC_CHECK(tokens <= kSmallTokens && experts <= kSmallExperts && modalities <= kSmallModalities && k <= kSmallExperts,
               "x must have at most ", kSmallTokens, " tokens, gate_weight ", kSmallExperts, " experts, k be at most ",
               kSmallExperts, " and num_modalities ", kSmallModalities, " for the CUDA C++ kernel");
@@ -84,7 +85,9 @@ Results route(const Tensor& x, const Tensor& gate_any, const std::optional<Tenso
   Tensor starts = make({experts + 1}, ScalarType::Long), pair_tokens = make({tokens * k}, ScalarType::Long);
   Tensor pair_of = make({tokens, k}, ScalarType::Long);
   if (tokens == 0 || modalities == 0) {
-    return {weights, ids, torch::stable::zero_(stats), torch::stable::zero_(losses), torch::stable::zero_(starts),
+    torch::stable::fill_(ids, -1);
+    torch::stable::fill_(pair_of, -1);
+    return {torch::stable::zero_(weights), ids, torch::stable::zero_(stats), torch::stable::zero_(losses), torch::stable::zero_(starts),
             pair_tokens, pair_of};
   }
 

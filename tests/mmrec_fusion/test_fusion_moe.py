@@ -144,6 +144,9 @@ def test_the_bias_is_saved_and_without_a_rate_there_is_none() -> None:
     moe = module()
     moe.update_bias(torch.ones(3, 8))
     assert moe.bias is None and "bias" not in moe.state_dict()
+    half = module(bias_rate=0.001).bfloat16()
+    assert half.bias is not None and half.bias.dtype == torch.float64 and half.gate.dtype == torch.bfloat16
+    half(torch.zeros(3, WIDTH).bfloat16(), torch.arange(3))
     with pytest.raises(ValueError, match=r"counts must have shape \[3, 8\], got \[8\]"):
         moe.update_bias(torch.ones(8))
 

@@ -109,6 +109,24 @@ def test_interpreted_experts_take_empty_sizes(
 
 
 @pytest.mark.interpret
+@pytest.mark.parametrize("activation", ["relu", "relu2"])
+def test_interpreted_hidden_rows_beyond_float16_are_as_if_recomputed(
+    activation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Kept in float16 they are −∞, and what is active above 0 alone has the slope 0 there."""
+    use_triton(monkeypatch)
+    arguments = {**given(20, 8, 6, 2, 1, torch.float16, activation), "shared": None}
+    arguments["b_in"] = torch.full_like(arguments["b_in"], -6e4)
+    arguments["x"][:, 0], arguments["w_in"][:, 0, 0] = 600, -100
+    found = []
+    for width in (1, 10**9):
+        monkeypatch.setattr(autograd, "SAVE_HIDDEN_WIDTH", width)
+        found.append(gradients(arguments))
+    for kept, again in zip(*found, strict=True):
+        assert kept.isfinite().all() and torch.equal(kept, again)
+
+
+@pytest.mark.interpret
 def test_interpreted_experts_read_what_another_provider_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     """The rows of `hidden` are where the schema says, by pair, and the shared expert's by token."""
     from mmrec_kernels.routing import reference_experts

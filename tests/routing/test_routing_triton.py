@@ -70,6 +70,15 @@ def test_interpreted_router_takes_a_gate_of_float32_beside_narrow_rows(monkeypat
 
 
 @pytest.mark.interpret
+def test_interpreted_router_without_modalities_routes_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    use_triton(monkeypatch)
+    poison_new_memory(monkeypatch)
+    none = torch.zeros(0, 4, dtype=torch.bool)
+    found = route(torch.randn(5, 3), torch.randn(4, 3), 2, modality=torch.full((5,), -1), allowed=none)
+    assert (found.experts == -1).all() and (found.weights == 0).all() and found.stats.shape == (0, 4, 3)
+
+
+@pytest.mark.interpret
 def test_interpreted_router_leaves_many_experts_to_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     x, gate, options = inputs(5, 4, 300, torch.float64)
     with monkeypatch.context() as patch:

@@ -25,9 +25,9 @@ def activated(h, ACTIVATION: tl.constexpr):
     if ACTIVATION == "gelu":
         return 0.5 * h * (1.0 + tl.erf(h * SQRT_HALF))
     if ACTIVATION == "relu":
-        return tl.where(h > 0, h, 0.0 * h)
+        return tl.where(h > 0, h, tl.where(h == h, 0.0, h))
     if ACTIVATION == "relu2":
-        return tl.where(h > 0, h * h, 0.0 * h)
+        return tl.where(h > 0, h * h, tl.where(h == h, 0.0, h))
     return h
 
 
@@ -38,11 +38,12 @@ def slope_of(h, ACTIVATION: tl.constexpr):
         return s * (1.0 + h * (1.0 - s))
     if ACTIVATION == "gelu":
         return 0.5 * (1.0 + tl.erf(h * SQRT_HALF)) + h * DENSITY * tl.exp(-0.5 * h * h)
+    one = tl.full(h.shape, 1.0, h.dtype)
     if ACTIVATION == "relu":
-        return tl.where(h > 0, 1.0, 0.0 * h)
+        return tl.where(h > 0, one, 0.0)
     if ACTIVATION == "relu2":
-        return tl.where(h > 0, 2.0 * h, 0.0 * h)
-    return tl.where(h == h, 1.0, h)
+        return tl.where(h > 0, 2.0 * h, 0.0)
+    return one
 
 
 @triton.jit

@@ -114,7 +114,7 @@ def route_kernel(
     """Weights and experts of `tiles_each` tiles, and their part of the sums [programs, M, 3, E] (slots, Σ p̄, Σ weight)
     and totals [programs, M, 3] (tokens, Σ lse², Σ H), which were 0."""
     program = tl.program_id(0)
-    offs_e, offs_k = tl.arange(0, BLOCK_E), tl.arange(0, BLOCK_K)
+    offs_e = tl.arange(0, BLOCK_E)
     for n in range(tiles_each):
         tile = program * tiles_each + n
         offs_t, in_t, m = tile_of_tokens(modality_ptr, valid_ptr, tile, num_tokens, num_modalities, BLOCK_T)
@@ -145,9 +145,11 @@ def route_kernel(
         to = offs_t[:, None] * slots
         tl.store(weights_ptr + to + rank, weight, chosen)
         tl.store(experts_ptr + to + rank, tl.where(chosen, offs_e[None, :], 0), chosen)
-        unused = in_t[:, None] & (offs_k[None, :] >= count[:, None]) & (offs_k < slots)[None, :]
-        tl.store(weights_ptr + to + offs_k[None, :], tl.zeros([BLOCK_T, BLOCK_K], WIDE), unused)
-        tl.store(experts_ptr + to + offs_k[None, :], tl.full([BLOCK_T, BLOCK_K], -1, tl.int32), unused)
+        for slot in range(0, slots, BLOCK_K):
+            offs_k = slot + tl.arange(0, BLOCK_K)
+            unused = in_t[:, None] & (offs_k[None, :] >= count[:, None]) & (offs_k < slots)[None, :]
+            tl.store(weights_ptr + to + offs_k[None, :], tl.zeros([BLOCK_T, BLOCK_K], WIDE), unused)
+            tl.store(experts_ptr + to + offs_k[None, :], tl.full([BLOCK_T, BLOCK_K], -1, tl.int32), unused)
         entropy = entropy_of(below, p, log_total)
         for modality in range(num_modalities):
             here = routed & (m == modality)
@@ -168,6 +170,7 @@ def route_kernel(
                 tl.store(total_at, tl.load(total_at) + tokens.to(WIDE))
                 tl.store(total_at + 1, tl.load(total_at + 1) + squares)
                 tl.store(total_at + 2, tl.load(total_at + 2) + unsure)
+        tl.debug_barrier()  # what one thread has added to, another may read in the next tile
 
 
 @triton.jit

@@ -81,7 +81,7 @@ def forward(
     stats = x.new_empty((num_modalities, experts, 3), dtype=dtype)
     losses = x.new_empty((4, num_modalities), dtype=dtype)
     if num_modalities == 0:
-        return weights, ids, stats, losses
+        return weights.zero_(), ids.fill_(-1), stats, losses
     x, gate_weight = rows_of(x), gate_weight.contiguous()
     modality, allowed, valid, bias = _vectors(modality, allowed, valid, bias)
     sizes = _sizes("rows", experts, width, x.dtype)
@@ -96,7 +96,7 @@ def forward(
         kernels.route_kernel[(programs,)](
             x, gate_weight, modality, valid, allowed, bias, weights, ids, sums, totals, tokens, experts,
             num_modalities, k, width, x.stride(0), each, SCORE=score, DIVIDES=_divides(score, renormalize),
-            BLOCK_K=next_power_of_two(k), **_flags(x, gate_weight), **sizes,
+            BLOCK_K=16 if interpreted() else min(next_power_of_two(k), 32), **_flags(x, gate_weight), **sizes,
         )  # fmt: skip
     kernels.finish_kernel[(num_modalities,)](
         sums, totals, allowed, stats, losses, programs, num_modalities, experts,

@@ -8,6 +8,7 @@ KDD 2018; Tang et al., PLE, RecSys 2020).
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -86,6 +87,14 @@ class ModalityMoE(nn.Module):
             normed, self.gate, self.k, modality=modality, allowed=self.allowed, score=self.score, bias=self.bias
         )
         return x + self.dropout(mixture_of_experts(normed, routing, self.w_in, self.w_out)), routing
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> ModalityMoE:
+        bias = self.bias
+        super()._apply(fn, recurse)
+        # In 16 bits its small steps would soon round to nothing.
+        if bias is not None and self.bias is not None and self.bias.dtype.itemsize < 4:
+            self.bias = bias.to(self.bias.device)
+        return self
 
     @torch.no_grad()
     def update_bias(self, counts: Tensor) -> None:

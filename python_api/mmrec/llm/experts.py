@@ -52,7 +52,8 @@ def kernel_experts(model: Any, name: str = _NAME) -> Iterator[Any]:
     before = [(part, part.config._experts_implementation) for part in model.modules() if isinstance(part, kind)]
     register_experts(name)
     try:
-        model.set_experts_implementation(name)
+        for part, _ in before:
+            part.set_experts_implementation(name)
         if all(part.config._experts_implementation != name for part, _ in before):
             raise ValueError(f"model {type(model).__name__} has no experts that can be chosen")
         yield model
@@ -89,10 +90,12 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
 
 def _activation(module: Any) -> str:
     """The op's name of what `module` does between its two products."""
+    from transformers.integrations import moe
+
     owner = type(module).__name__
     if module.has_gate and not module.is_concatenated:
         raise ValueError(f"experts {_NAME!r} need gates in front of ups, {owner} has them interleaved; {_ELSE}")
-    if module.has_gate and not type(module)._apply_gate.__module__.startswith("transformers.integrations"):
+    if module.has_gate and module._apply_gate.__func__ is not moe._default_apply_gate:
         raise ValueError(f"experts {_NAME!r} have no gate like that of {owner}; {_ELSE}")
     name = _activation_name(module.act_fn)
     if module.has_gate:
