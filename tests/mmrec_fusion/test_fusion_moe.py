@@ -182,11 +182,12 @@ def test_no_tokens() -> None:
     [
         ({"k": 0}, r"k must be in \[1, shared \+ private = 4\], got 0"),
         ({"k": 5}, r"k must be in \[1, shared \+ private = 4\], got 5"),
+        ({"score": "relu"}, "score must be one of .*'sigmoid'.*, got 'relu'"),
         ({"bias_rate": -1.0}, "bias_rate must be finite and ≥ 0, got -1.0"),
         ({"shared": -1}, "shared and private must be ≥ 0, got -1 and 2"),
         ({"private": -1}, "shared and private must be ≥ 0, got 2 and -1"),
     ],
 )
-def test_bad_sizes(bad: dict[str, float], message: str) -> None:
+def test_bad_sizes(bad: dict[str, float | str], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         module(**bad)

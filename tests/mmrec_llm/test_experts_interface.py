@@ -214,6 +214,15 @@ def test_every_kind_of_experts(activation: Any, kind: dict[str, bool]) -> None:
     torch.testing.assert_close(made(*given), by_hand(made, *given))
 
 
+def test_transformers_that_say_less_of_their_experts() -> None:
+    """Transformers 5.0 knew biases and transposed weights only."""
+    made, given = alone(has_bias=True), routed()
+    expected = by_hand(made, *given)
+    for name in ("has_gate", "is_concatenated", "has_post_expert_norm", "_is_expert_parallel"):
+        delattr(made, name)
+    torch.testing.assert_close(made(*given), expected)
+
+
 def test_ids_of_other_processes_add_nothing() -> None:
     made, (x, index, weights) = alone(), routed()
     made._is_expert_parallel = True
@@ -240,6 +249,10 @@ def test_what_it_cannot_do_is_refused(activation: Any, kind: dict[str, bool], me
 
 def test_a_gate_of_the_models_own_is_refused() -> None:
     made = alone()
+    made._apply_gate = lambda rows: rows.clamp(max=7.0)
+    with pytest.raises(ValueError, match="have no gate like that of Alone"):
+        made(*routed())
+    del made._apply_gate
     type(made)._apply_gate = lambda self, rows: rows.clamp(max=7.0)
     with pytest.raises(ValueError, match="have no gate like that of Alone"):
         made(*routed())

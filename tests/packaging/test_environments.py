@@ -13,8 +13,8 @@ import torch
 from mmrec_kernels import library, schemas
 from paths import ROOT
 
-COMPILED = ("retrieval", "infonce", "attention")  # the ops that have C++ kernels
-INTERPRETED = ("retrieval", "infonce", "attention")  # the ops that have Triton kernels
+COMPILED = ("retrieval", "infonce", "attention", "routing")  # the ops that have C++ kernels
+INTERPRETED = ("retrieval", "infonce", "attention", "routing")  # the ops that have Triton kernels
 
 
 def run_pytest(folders: tuple[str, ...], **environment: str) -> None:
@@ -40,9 +40,10 @@ def test_every_lower_instruction_set(isa):
     run_pytest(COMPILED, MMREC_CPU_ISA=isa)
 
 
-def test_triton_interpreter():
+@pytest.mark.parametrize("op", INTERPRETED)
+def test_triton_interpreter(op):
     pytest.importorskip("triton")
-    run_pytest(INTERPRETED, TRITON_INTERPRET="1")
+    run_pytest((op,), TRITON_INTERPRET="1")
 
 
 @pytest.mark.skipif(library.cpu_isa() == "none", reason="_C is not built")

@@ -17,6 +17,8 @@ from mmrec_kernels import RouterLosses, Routing, mixture_of_experts, route
 
 __all__ = ["ModalityMoE"]
 
+_SCORES = ("softmax", "topk_softmax", "sigmoid")
+
 
 class ModalityMoE(nn.Module):
     """Residual pre-norm mixture of SwiGLU experts, routed by token and modality: y = x + MoE(LayerNorm(x)).
@@ -56,6 +58,8 @@ class ModalityMoE(nn.Module):
             raise ValueError(f"shared and private must be ≥ 0, got {shared} and {private}")
         if not 1 <= k <= shared + private:
             raise ValueError(f"k must be in [1, shared + private = {shared + private}], got {k}")
+        if score not in _SCORES:
+            raise ValueError(f"score must be one of {_SCORES}, got {score!r}")
         if not 0 <= bias_rate < math.inf:
             raise ValueError(f"bias_rate must be finite and ≥ 0, got {bias_rate}")
         num_experts = shared + num_modalities * private

@@ -72,33 +72,51 @@ class _Routing(NamedTuple):
     experts: Tensor
 
 
+class _Kind(NamedTuple):
+    """What transformers says of a class of experts. Versions before it said one of them had no experts of that kind."""
+
+    has_gate: bool = True
+    has_bias: bool = False
+    is_transposed: bool = False
+    is_concatenated: bool = True
+    has_post_expert_norm: bool = False
+    is_expert_parallel: bool = False
+
+    @classmethod
+    def of(cls, module: Any) -> _Kind:
+        names = {name: f"_{name}" if name == "is_expert_parallel" else name for name in cls._fields}
+        return cls(**{name: getattr(module, told) for name, told in names.items() if hasattr(module, told)})
+
+
 def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """`hidden_states [T, d]`, `top_k_index` and `top_k_weights [T, k]` to `[T, d]`, with the parameters of `module`."""
-    if module.has_post_expert_norm:
+    kind = _Kind.of(module)
+    if kind.has_post_expert_norm:
         raise ValueError(f"experts {_NAME!r} have no norm behind each expert, as {type(module).__name__} has; {_ELSE}")
-    activation = _activation(module)
-    up = "gate_up_proj" if module.has_gate else "up_proj"
+    activation = _activation(module, kind)
+    up = "gate_up_proj" if kind.has_gate else "up_proj"
     w_in, w_out = getattr(module, up), module.down_proj
-    b_in, b_out = (getattr(module, f"{up}_bias"), module.down_proj_bias) if module.has_bias else (None, None)
-    if module.is_transposed:
+    b_in, b_out = (getattr(module, f"{up}_bias"), module.down_proj_bias) if kind.has_bias else (None, None)
+    if kind.is_transposed:
         w_in, w_out = w_in.mT, w_out.mT
-    if module._is_expert_parallel:  # ids from the number of experts on are of other processes
+    if kind.is_expert_parallel:  # ids from the number of experts on are of other processes
         top_k_index = top_k_index.masked_fill(top_k_index >= w_in.shape[0], -1)
     routing = _Routing(top_k_weights, top_k_index)
     return mixture_of_experts(hidden_states, routing, w_in, w_out, b_in=b_in, b_out=b_out, activation=activation)
 
 
-def _activation(module: Any) -> str:
+def _activation(module: Any, kind: _Kind) -> str:
     """The op's name of what `module` does between its two products."""
     from transformers.integrations import moe
 
     owner = type(module).__name__
-    if module.has_gate and not module.is_concatenated:
+    if kind.has_gate and not kind.is_concatenated:
         raise ValueError(f"experts {_NAME!r} need gates in front of ups, {owner} has them interleaved; {_ELSE}")
-    if module.has_gate and module._apply_gate.__func__ is not moe._default_apply_gate:
+    usual = type(module)._apply_gate is moe._default_apply_gate and "_apply_gate" not in module.__dict__
+    if kind.has_gate and not usual:
         raise ValueError(f"experts {_NAME!r} have no gate like that of {owner}; {_ELSE}")
     name = _activation_name(module.act_fn)
-    if module.has_gate:
+    if kind.has_gate:
         name = {"silu": "swiglu", "gelu": "geglu"}.get(name, "")
     if not name:
         raise ValueError(f"experts {_NAME!r} have no activation {module.act_fn}, which {owner} asks for; {_ELSE}")
