@@ -51,25 +51,25 @@ __attribute__((noinline)) void score_tile(const typename Dot::Word* const* keys,
   V sums[R][NV];
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) sums[r][v] = broadcast(typename Dot::Sum(0));
   }
   for (int64_t k = 0; k < depth; ++k) {
     V q[NV];
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) q[v] = load(queries + k * lanes + v * V::kLanes);
 #pragma GCC unroll 12
     for (int r = 0; r < R; ++r) {
       typename Dot::Word word;
       std::memcpy(&word, keys[r] + k, sizeof(word));  // a pair of bfloat16 may lie at any even address
       const V x = broadcast(word);
-#pragma GCC unroll 2
+#pragma GCC unroll 8
       for (int v = 0; v < NV; ++v) sums[r][v] = Dot::Step::add(q[v], x, sums[r][v]);
     }
   }
 #pragma GCC unroll 12
   for (int r = 0; r < R; ++r) {
-#pragma GCC unroll 2
+#pragma GCC unroll 8
     for (int v = 0; v < NV; ++v) {
       typename Dot::Sum* const to = scores + r * stride + v * V::kLanes;
       store(to, kAdd ? add(load(to), sums[r][v]) : sums[r][v]);

@@ -85,7 +85,7 @@ def nf4_linear(
     elif adapter_ids is not None:
         raise ValueError("adapter_ids must be None unless lora is given")
     if adapter_ids is not None:
-        adapter_ids = _check_adapter_ids(adapter_ids, lead, x.device).reshape(num_rows)
+        adapter_ids = _check_adapter_ids(adapter_ids, lead, x.device).reshape(num_rows).contiguous()
     flat = x.reshape(num_rows, in_features)
     differentiable = [None if t is None else t.contiguous() for t in (flat, bias, lora_a, lora_b)]
     rest = (*weight.tensors(), out_features, weight.blocksize)

@@ -5,11 +5,14 @@ import itertools
 import numpy as np
 import pytest
 import torch
+from nf4_providers import use_reference
 from torch import Tensor
 from torch.nn.functional import linear
 
-from mmrec_kernels import schemas
+from mmrec_kernels import library, schemas
 from mmrec_kernels.nf4 import LoRA, NF4Weight, nf4_linear, reference
+
+pytestmark = pytest.mark.usefixtures("provider")
 
 M, N, K, R, A = 6, 10, 44, 3, 3
 FLOORS = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 3e-5}
@@ -172,7 +175,9 @@ def test_gradcheck(case):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_backward_over_row_blocks(monkeypatch, dtype):
-    """The same up to rounding when W is decoded in many blocks; and never more of it at once than the bound."""
+    """The reference: the same up to rounding when W is decoded in many blocks; and never more of it at once than the
+    bound."""
+    use_reference(monkeypatch)
     weight = make_weight(50, K)
     a, b = make_adapters(torch.float32, n=50)
     x = normal(M, K, dtype=dtype).requires_grad_()
@@ -282,7 +287,7 @@ def test_bits_do_not_depend_on_which_gradients_are_needed():
 def test_what_is_saved_for_backward(saved):
     """S = x aᵀ in float32 where asked, zero in rows without an adapter; else nothing."""
     weight, a, b, scalings, ids, x, _ = mixed_setup(torch.bfloat16)
-    _, lora_x = schemas.nf4_forward(x, *weight.tensors(), 96, 64, None, a, b, 1.0, scalings, ids, saved)
+    _, lora_x = library.call(schemas.nf4_forward, x, *weight.tensors(), 96, 64, None, a, b, 1.0, scalings, ids, saved)
     assert lora_x.dtype == torch.float32
     if not saved:
         assert lora_x.shape == (0,)

@@ -10,9 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from nf4_providers import use_reference
 
 from mmrec_kernels import nf4
 from mmrec_kernels.nf4 import NF4Weight, reference
+
+pytestmark = pytest.mark.usefixtures("provider")
 
 BLOCKSIZES = (32, 64, 128, 256, 512, 1024, 2048, 4096)
 NF4 = np.array(
@@ -89,11 +92,23 @@ def test_nested_absmax_is_rounded_twice():
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_decode_does_not_depend_on_row_blocks(monkeypatch, nested):
+    use_reference(monkeypatch)
     weight = random_weight(37, 45, 64, nested)
     whole = weight.dequantize(torch.float32)
     for elements in (1, 90, 3 * 45, 200, 5 * 45, 45 * 37 - 1):
         monkeypatch.setattr(reference, "_DECODED_ELEMENTS", elements)
         assert torch.equal(weight.dequantize(torch.float32), whole)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_decode_rounds_like_torch_at_every_magnitude(dtype):
+    """Subnormals, overflow and halves between: absmax from 1e-44 to 1e38."""
+    blocks = 700
+    packed = torch.randint(0, 256, (blocks * 32,), generator=torch.Generator().manual_seed(3), dtype=torch.uint8)
+    absmax = torch.logspace(-44, 38, blocks, dtype=torch.float64).float()
+    weight = NF4Weight(packed, absmax, (blocks, 64), 64, torch.float32)
+    exact = weight.dequantize(torch.float32)
+    assert (exact != 0).any() and torch.equal(weight.dequantize(dtype), exact.to(dtype))
 
 
 def test_odd_tail_ignores_the_spare_nibble():

@@ -13,7 +13,7 @@ import torch
 from mmrec_kernels import library, schemas
 from paths import ROOT
 
-COMPILED = ("retrieval", "infonce", "attention", "routing")  # the ops that have C++ kernels
+COMPILED = ("retrieval", "infonce", "attention", "routing", "nf4")  # the ops that have C++ kernels
 INTERPRETED = ("retrieval", "infonce", "attention", "routing")  # the ops that have Triton kernels
 
 
