@@ -13,7 +13,7 @@ TINY = {
     "infonce": (12, 12, 8, False),
     "routing": {"tokens": 20, "width": 8, "hidden": 16, "experts": 5, "k": 2},
     "router": {"tokens": 40, "width": 8, "experts": 5, "k": 2},
-    "nf4": {"rows": 3, "out": 64, "in": 64, "rank": 4},
+    "nf4": {"rows": 3, "out": 64, "in": 64, "rank": 4, "adapters": 1},
 }
 TOLERANCE = {"float32": 2e-6, "bfloat16": 6e-2}
 
@@ -24,9 +24,11 @@ def judged(case):
     judge = case.judge(given)
     found = {}
     for provider in case.providers:
+        if provider.missing() is not None:
+            continue
         if provider.yardstick:
             provider.make(given, case.mode)()
-        elif provider.missing() is None and "repacked" not in provider.name:
+        elif "repacked" not in provider.name:
             found[provider.name] = judge(provider.finish(given, provider.make(given, case.mode)()))
     assert any(provider.ours for provider in case.providers)
     assert len({provider.name for provider in case.providers}) == len(case.providers)
