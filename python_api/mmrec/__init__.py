@@ -6,3 +6,12 @@ Wings: :mod:`mmrec.adaptation` (catalogues; tables and images to text and arrays
 """
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """`mmrec.swap_kernels`, without importing :mod:`mmrec.llm` before it is asked for."""
+    if name == "swap_kernels":
+        from .llm.swap import swap_kernels
+
+        return swap_kernels
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

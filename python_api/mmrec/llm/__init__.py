@@ -6,6 +6,7 @@ from .cache import CacheWriteError, EmbeddingCache
 from .encoded import Encoded
 from .experts import kernel_experts, register_experts, unregister_experts
 from .lora import LoRAConfig
+from .swap import Swap, SwappedLayer, swap_kernels
 from .vision import VisionEncoder
 
 __all__ = [
@@ -14,11 +15,14 @@ __all__ = [
     "EmbeddingCache",
     "Encoded",
     "LoRAConfig",
+    "Swap",
+    "SwappedLayer",
     "VisionEncoder",
     "kernel_attention",
     "kernel_experts",
     "register_attention",
     "register_experts",
+    "swap_kernels",
     "unregister_attention",
     "unregister_experts",
 ]

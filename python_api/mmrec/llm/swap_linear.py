@@ -1,0 +1,172 @@
+"""Forwards of bitsandbytes' 4-bit layer, and of peft's LoRA layer around it, through `nf4_linear`.
+
+They become attributes of module instances: methods bound to the module, so that `copy.deepcopy` binds the copy's to the
+copy. What they need beyond the module is kept beside it in weak dictionaries.
+"""
+
+from __future__ import annotations
+
+import types
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mmrec_kernels import LoRA, NF4Weight, nf4_linear
+
+from .extras import require
+
+Reason = str | None
+
+_views: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, NF4Weight]] = weakref.WeakKeyDictionary()
+_stacks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], LoRA]] = weakref.WeakKeyDictionary()
+
+
+def view_of(layer: Any) -> NF4Weight:
+    """The layer's bytes as an NF4Weight, made again where they have been replaced (`.to()`, a merge, a load).
+
+    Raises:
+        ValueError: what `NF4Weight.from_bitsandbytes` refuses: a weight not quantised, not NF4, or repacked.
+    """
+    weight = layer.weight
+    state = getattr(weight, "quant_state", None) or getattr(layer, "quant_state", None)
+    found = _views.get(layer)
+    if found is not None and found[0] is state and found[1].data_ptr() == weight.data_ptr():
+        if not getattr(state, "packing_format_for_cpu", False):
+            return found[2]
+    if getattr(weight, "quant_state", None) is None and state is not None:
+        weight.quant_state = state  # what bitsandbytes does at its next forward, after a move that lost it
+    view = NF4Weight.from_bitsandbytes(weight)
+    _views[layer] = (state, view.packed, view)
+    return view
+
+
+def refuse_base(layer: Any) -> Reason:
+    """Why a 4-bit layer cannot be computed by the kernel, or None."""
+    try:
+        view_of(layer)
+    except (TypeError, ValueError) as error:
+        return str(error)
+    return None
+
+
+def base_forward(self: Any, x: Tensor) -> Tensor:
+    """`Linear4bit.forward` through `nf4_linear`: nothing is repacked, and gradients reach x in every mode."""
+    return _linear(self, x, None, None).to(x.dtype)
+
+
+def adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """peft's `Linear4bit.forward`: base and adapters in one pass where that is what peft would compute, else peft's own
+    forward, whose base layer is still the kernel's."""
+    names = kwargs.get("adapter_names")
+    if args or set(kwargs) - {"adapter_names"} or self.merged or self.disable_adapters:
+        return type(self).forward(self, x, *args, **kwargs)
+    self._check_forward_args(x, **kwargs)
+    wanted = set(names or self.active_adapters) - {"__base__"}
+    used = [name for name in (sorted(wanted) if names else self.active_adapters) if name in self.lora_A]
+    if not used:
+        return self.base_layer(x)
+    if why_not(self, used, mixed=names is not None) is not None:
+        return type(self).forward(self, x, *args, **kwargs)
+    base = self.base_layer
+    if names is None:
+        return _linear(base, x, _joined(self, used, _compute_dtype(base, x)), None).to(x.dtype)
+    places = {name: n for n, name in enumerate(used)}
+    ids = torch.tensor([places.get(name, -1) for name in names], device=x.device)
+    ids = ids.view(-1, *(1,) * (x.ndim - 2))
+    return _linear(base, x, _stacked(self, used, _compute_dtype(base, x)), ids).to(x.dtype)
+
+
+def why_not(layer: Any, names: list[str], *, mixed: bool = False) -> Reason:
+    """Why peft's own forward has to compute these adapters of a layer in its current mode, or None."""
+    for name in names:
+        if name in layer.lora_variant:
+            return f"adapter {name!r} is {type(layer.lora_variant[name]).__name__}: computed by peft"
+        dropout = layer.lora_dropout[name]
+        if layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 0.0) > 0:
+            return f"adapter {name!r} has dropout {dropout.p} while training: computed by peft"
+        if layer.lora_B[name].bias is not None:
+            return f"adapter {name!r} has a bias: computed by peft"
+        if layer.lora_A[name].weight.device != layer.base_layer.weight.device:
+            return f"adapter {name!r} is on another device than its layer: computed by peft"
+    ranks = {layer.lora_A[name].weight.shape[0] for name in names}
+    if mixed and len(ranks) > 1:
+        return f"adapters of one batch have ranks {sorted(ranks)}: computed by peft"
+    if mixed and torch.is_grad_enabled() and layer.training:
+        return "several adapters in a batch are for inference: computed by peft"
+    return None
+
+
+def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
+    """What the stock layer computes in."""
+    if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
+        return x.dtype
+    return layer.compute_dtype or x.dtype
+
+
+def _linear(layer: Any, x: Tensor, lora: LoRA | None, ids: Tensor | None) -> Tensor:
+    dtype = _compute_dtype(layer, x)
+    bias = layer.bias
+    if bias is not None and bias.dtype not in (dtype, torch.float32):
+        bias = bias.to(dtype)
+    return nf4_linear(x.to(dtype), view_of(layer), bias, lora=lora, adapter_ids=ids)
+
+
+def _factors(layer: Any, name: str, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """A and B of an adapter, widened where the kernel does not take their dtype beside `dtype`."""
+    a, b = layer.lora_A[name].weight, layer.lora_B[name].weight
+    if a.dtype == b.dtype and a.dtype in (dtype, torch.float32):
+        return a, b
+    return a.float(), b.float()
+
+
+def _joined(layer: Any, names: list[str], dtype: torch.dtype) -> LoRA:
+    """All of them on every row: one adapter of the sum of their ranks."""
+    if len(names) == 1:
+        return LoRA(*_factors(layer, names[0], dtype), layer.scaling[names[0]])
+    factors = [_factors(layer, name, torch.float32) for name in names]
+    a = torch.cat([a.float() for a, _ in factors])
+    b = torch.cat([b.float() * layer.scaling[name] for name, (_, b) in zip(names, factors, strict=True)], dim=1)
+    return LoRA(a, b)
+
+
+def _stacked(layer: Any, names: list[str], dtype: torch.dtype) -> LoRA:
+    """One for each row: stacks, kept until one of them changes."""
+    parameters = [layer.lora_A[n].weight for n in names] + [layer.lora_B[n].weight for n in names]
+    scalings = [float(layer.scaling[n]) for n in names]
+    key = (dtype, *names, *scalings, *((p.data_ptr(), p._version, p.dtype) for p in parameters))
+    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
+    found = _stacks.get(layer)
+    if not needs_grad and found is not None and found[0] == key:
+        return found[1]
+    factors = [_factors(layer, name, dtype) for name in names]
+    alike = {f.dtype for pair in factors for f in pair}
+    if len(alike) > 1:
+        factors = [(a.float(), b.float()) for a, b in factors]
+    device = parameters[0].device
+    stack = LoRA(
+        torch.stack([a for a, _ in factors]),
+        torch.stack([b for _, b in factors]),
+        torch.tensor(scalings, dtype=torch.float32, device=device),
+    )
+    if not needs_grad:
+        _stacks[layer] = (key, stack)
+    return stack
+
+
+def kind_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    """Which of the two forwards a module takes, or None."""
+    if isinstance(module, require("bitsandbytes").nn.Linear4bit):
+        return base_forward
+    try:
+        from peft.tuners.lora.bnb import Linear4bit
+    except ImportError:
+        return None
+    return adapted_forward if isinstance(module, Linear4bit) else None
+
+
+def bound(function: Callable[..., Tensor], module: nn.Module) -> types.MethodType:
+    """`function` as a method of this instance."""
+    return types.MethodType(function, module)

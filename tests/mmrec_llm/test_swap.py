@@ -1,0 +1,467 @@
+"""`swap_kernels` on quantised models of transformers, with and without peft: what it computes, what it leaves, what
+undoing gives back; and the hazards of the stock stack on CPU, of which it is free."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import mmrec
+from mmrec.llm import swap_linear
+from mmrec.llm.swap import swap_kernels
+from mmrec_kernels import nf4_linear
+from numerics import assert_accurate
+
+bnb = pytest.importorskip("bitsandbytes")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 99,
+    "hidden_size": 64,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
+GROUPED = SIZES | {"num_key_value_heads": 2}
+T5_SIZES = {"vocab_size": 99, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+
+
+def _vision_language() -> tuple[Any, Any]:
+    vision = {k: v for k, v in SIZES.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8}
+    config = transformers.LlavaConfig(
+        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**GROUPED),
+        image_token_index=98, vision_feature_layer=-1, image_seq_length=4,
+    )  # fmt: skip
+    return transformers.LlavaForConditionalGeneration, config
+
+
+FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
+    "llama": lambda: (transformers.LlamaForCausalLM, transformers.LlamaConfig(**GROUPED)),
+    "qwen2": lambda: (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**GROUPED)),
+    "qwen3": lambda: (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**GROUPED, head_dim=16)),
+    "mistral": lambda: (transformers.MistralForCausalLM, transformers.MistralConfig(**GROUPED)),
+    "bert": lambda: (transformers.BertModel, transformers.BertConfig(**SIZES)),
+    "t5": lambda: (transformers.T5ForConditionalGeneration, transformers.T5Config(**T5_SIZES)),
+    "llava": _vision_language,
+}
+_folders: dict[str, Path] = {}
+
+
+@pytest.fixture(autouse=True)
+def eager_bitsandbytes():
+    """bitsandbytes compiles its generic decode, which takes half a minute and gives the same bits."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """One entry for each layer that the kernel computed: whether an adapter came with it."""
+    found: list[int] = []
+
+    def counted(x: Tensor, weight: Any, bias: Any, **more: Any) -> Tensor:
+        found.append(more["lora"] is not None)
+        return nf4_linear(x, weight, bias, **more)
+
+    monkeypatch.setattr(swap_linear, "nf4_linear", counted)
+    return found
+
+
+@pytest.fixture
+def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
+    """Loads a family with NF4 weights, which bitsandbytes never repacks, and random adapters if a rank is given."""
+
+    def make(family: str, rank: int = 0, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
+        kind, config = FAMILIES[family]()
+        if family not in _folders:
+            torch.manual_seed(0)
+            _folders[family] = tmp_path_factory.mktemp(family)
+            kind(config).save_pretrained(_folders[family])
+        quantization = transformers.BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+        )
+        model = kind.from_pretrained(
+            _folders[family], quantization_config=quantization, device_map={"": "cpu"}, dtype=dtype
+        )
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = False
+        if rank:
+            torch.manual_seed(1)
+            model = add_adapter(model, rank, **lora)
+        return model.eval()
+
+    return make
+
+
+def add_adapter(model: Any, rank: int, **lora: Any) -> Any:
+    config = peft.LoraConfig(
+        r=rank,
+        lora_alpha=2 * rank,
+        target_modules="all-linear",
+        init_lora_weights=False,
+        **{"lora_dropout": 0.0, **lora},
+    )
+    return peft.get_peft_model(model, config)
+
+
+def inputs_of(family: str, seed: int = 3) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(0, 90, (3, 9), generator=generator)
+    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if family == "t5":
+        found["decoder_input_ids"] = ids[:, :5]
+    if family == "llava":
+        ids[:, :4] = 98
+        found["pixel_values"] = torch.randn(3, 3, 16, 16, generator=generator)
+    return found
+
+
+def output_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
+    found = model(**inputs)
+    return found["logits"] if "logits" in found else found["last_hidden_state"]
+
+
+def state_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in model.state_dict().items()}
+
+
+def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
+    after = model.state_dict()
+    assert list(after) == list(before)
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def assert_close(found: Tensor, expected: Tensor) -> None:
+    """But for the rounding of float32, carried through two layers."""
+    assert found.dtype == expected.dtype == torch.float32
+    assert (found - expected).norm() <= 2e-5 * expected.norm()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("rank", [0, 4])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_and_gradients_and_undo(family, rank, dtype, load, calls):
+    model, inputs = load(family, rank, dtype), inputs_of(family)
+    types = [type(m) for m in model.modules()]
+
+    def run(model: Any = model, dtype: torch.dtype = dtype) -> list[Tensor]:
+        model.zero_grad()
+        pixels = {"pixel_values": inputs["pixel_values"].to(dtype)} if "pixel_values" in inputs else {}
+        out = output_of(model, inputs | pixels)
+        found = [out.detach()]
+        if rank:
+            weights = torch.randn(out.shape, generator=torch.Generator().manual_seed(4))
+            (out.float() * weights).sum().backward()
+            gradients = [p.grad for p in model.parameters() if p.grad is not None]
+            found.append(torch.cat([g.flatten().float() for g in gradients]))
+        return found
+
+    expected, before = run(), state_of(model)
+    swap = swap_kernels(model)
+    assert all(layer.reason is None for layer in swap.report()), str(swap)
+    assert sum(layer.part == "linear" for layer in swap.report()) >= 12
+    found = run()
+    exact = expected if dtype == torch.float32 else run(load(family, rank), torch.float32)
+    for one, other, oracle in zip(found, expected, exact, strict=True):
+        if dtype == torch.float32:
+            assert_close(one, other)
+        else:  # no further from float32 than the stock model is, by the rule for kernels
+            assert_accurate(one, oracle.double(), other, dtype=dtype)
+    layers = sum(layer.part == "linear" for layer in swap.report())
+    assert len(calls) == layers and sum(calls) == (layers if rank else 0)
+    assert_same_state(model, before)
+    assert [type(m) for m in model.modules()] == types
+    swap.undo()
+    assert not any("forward" in m.__dict__ for m in model.modules())
+    assert all(torch.equal(one, other) for one, other in zip(run(), expected, strict=True))
+    assert_same_state(model, before)
+
+
+def test_it_is_at_the_top_and_a_context(load, calls):
+    model, inputs = load("qwen2"), inputs_of("qwen2")
+    expected = output_of(model, inputs)
+    with mmrec.swap_kernels(model) as swap:
+        assert "linear: 14 swapped" in str(swap)
+        assert_close(output_of(model, inputs), expected)
+    assert len(calls) == 14
+    assert torch.equal(output_of(model, inputs), expected) and len(calls) == 14
+    with pytest.raises(TypeError, match="model must be a torch.nn.Module, got int"):
+        mmrec.swap_kernels(3)
+    with pytest.raises(AttributeError, match="no_such_thing"):
+        _ = mmrec.no_such_thing
+
+
+def test_swapping_twice_and_undoing_once(load):
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    expected = output_of(model, inputs)
+    first = swap_kernels(model)
+    found = output_of(model, inputs)
+    second = swap_kernels(model)
+    assert second.report() == first.report()
+    assert torch.equal(output_of(model, inputs), found)
+    second.undo()
+    assert torch.equal(output_of(model, inputs), expected)
+    first.undo()
+    first.undo()
+    assert torch.equal(output_of(model, inputs), expected)
+
+
+def test_train_and_eval_give_the_same_bits_and_gradients_flow_after_eval(load):
+    """Stock: the first forward in eval repacks, after which train mode gives no gradient."""
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    swap_kernels(model)
+    with torch.no_grad():
+        evaluated = output_of(model.eval(), inputs)
+    trained = output_of(model.train(), inputs)
+    assert torch.equal(evaluated, trained)
+    trained.mean().backward()
+    assert all(p.grad is not None for p in model.parameters() if p.requires_grad)
+
+
+def test_adapters_switched_disabled_merged_and_unloaded(load):
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    torch.manual_seed(2)
+    model.add_adapter("other", peft.LoraConfig(r=8, lora_alpha=8, target_modules="all-linear", init_lora_weights=False))
+
+    def outputs() -> list[Tensor]:
+        found = []
+        for names in ("default", "other"):
+            model.set_adapter(names)
+            found.append(output_of(model, inputs).detach())
+        model.base_model.set_adapter(["default", "other"])
+        found.append(output_of(model, inputs).detach())
+        with model.disable_adapter():
+            found.append(output_of(model, inputs).detach())
+        model.set_adapter("default")
+        return found
+
+    expected = outputs()
+    swap = swap_kernels(model)
+    found = outputs()
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+    assert len({tuple(f.flatten().tolist()) for f in found}) == 4
+    stock = copy.deepcopy(model)
+    swap_kernels(stock).undo()
+    merged, merged_stock = model.merge_and_unload(), stock.merge_and_unload()
+    assert_close(output_of(merged, inputs), output_of(merged_stock, inputs))
+    swap.undo()
+    assert torch.equal(output_of(merged, inputs), output_of(merged_stock, inputs))
+
+
+def test_several_adapters_in_a_batch(load):
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    torch.manual_seed(2)
+    model.add_adapter("other", peft.LoraConfig(r=4, lora_alpha=4, target_modules="all-linear", init_lora_weights=False))
+    names = ["other", "__base__", "default"]
+    with torch.no_grad():
+        expected = output_of(model, inputs | {"adapter_names": names})
+        swap_kernels(model)
+        for _ in range(2):
+            found = output_of(model, inputs | {"adapter_names": names})
+            assert_close(found, expected)
+        parameter = next(p for n, p in model.named_parameters() if "lora_B.other" in n)
+        parameter.add_(1.0)  # what was stacked is made again
+        assert not torch.equal(output_of(model, inputs | {"adapter_names": names})[0], found[0])
+        with pytest.raises(ValueError, match="Length of `adapter_names`"):
+            output_of(model, inputs | {"adapter_names": names[:2]})
+
+
+def test_copies_are_swapped_and_independent(load):
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    expected = output_of(model, inputs)
+    swap = swap_kernels(model)
+    twin = copy.deepcopy(model)
+    found = output_of(model, inputs)
+    assert torch.equal(output_of(twin, inputs), found)
+    with torch.no_grad():
+        for name, parameter in twin.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    assert torch.equal(output_of(model, inputs), found) and not torch.equal(output_of(twin, inputs), found)
+    swap.undo()
+    assert torch.equal(output_of(model, inputs), expected)
+    assert any("forward" in m.__dict__ for m in twin.modules())
+    swap_kernels(twin).undo()
+    assert not any("forward" in m.__dict__ for m in twin.modules())
+
+
+def test_saved_adapters_load_anywhere(load, tmp_path):
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    expected = output_of(model, inputs)
+    swap_kernels(model)
+    model.save_pretrained(tmp_path)
+    fresh = peft.PeftModel.from_pretrained(load("qwen2"), tmp_path).eval()
+    assert torch.equal(output_of(fresh, inputs), expected)
+    swap_kernels(fresh)
+    assert torch.equal(output_of(fresh, inputs), output_of(model, inputs))
+
+
+@pytest.mark.parametrize(
+    ("lora", "reason"),
+    [({"lora_dropout": 0.5}, "has dropout 0.5 while training"), ({"use_dora": True}, "DoraLinearVariant")],
+)
+def test_what_peft_computes_itself(lora, reason, load):
+    model, inputs = load("qwen2", 4, **lora), inputs_of("qwen2")
+    training = "lora_dropout" in lora
+    model.train(training)
+
+    def run() -> Tensor:
+        torch.manual_seed(5)
+        return output_of(model, inputs)
+
+    expected = run()
+    swap = swap_kernels(model)
+    left = [layer for layer in swap.report() if layer.reason is not None]
+    assert len(left) == 14 and all(layer.part == "LoRA" and reason in layer.reason for layer in left)
+    assert reason in str(swap)
+    assert_close(run(), expected)
+    swap.undo()
+    assert torch.equal(run(), expected)
+
+
+def test_attention_and_experts_come_and_go():
+    config = transformers.MixtralConfig(**GROUPED, num_local_experts=4)
+    model = transformers.MixtralForCausalLM(config).eval()
+    inputs = inputs_of("mixtral")
+    attention, experts = model.config._attn_implementation, model.config._experts_implementation
+    expected = output_of(model, inputs)
+    with swap_kernels(model, attention=True, experts=True) as swap:
+        assert model.config._attn_implementation == model.config._experts_implementation == "mmrec"
+        assert [layer.part for layer in swap.report()] == ["attention", "experts"]
+        assert_close(output_of(model, inputs), expected)
+    assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
+    assert torch.equal(output_of(model, inputs), expected)
+    with pytest.raises(ValueError, match="experts: model Qwen2ForCausalLM has no experts"):
+        swap_kernels(transformers.Qwen2ForCausalLM(transformers.Qwen2Config(**GROUPED)), experts=True)
+    assert str(swap_kernels(nn.Linear(3, 4))) == "nothing to swap"
+
+
+# ---- the hazards of the stock stack on CPU ---------------------------------------------------------------------------
+
+
+def stock_layer(width: int = 128, rows: int = 64, dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+    layer = bnb.nn.Linear4bit(width, rows, bias=False, compute_dtype=dtype, quant_type="nf4")
+    layer.load_state_dict({"weight": torch.randn(rows, width) / width**0.5})
+    layer = layer.to("cpu")
+    layer.support_avx512bf16_for_cpu = True  # as on a machine with AVX512-BF16
+    return layer
+
+
+needs_repacking = pytest.mark.skipif(
+    not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks weights on processors with AVX512-BF16 only"
+)
+
+
+def relative(found: Tensor, expected: Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
+
+
+@needs_repacking
+def test_hazard_float32_becomes_bfloat16_in_eval():
+    x = torch.randn(4, 128)
+    layer = stock_layer()
+    exact = x.double() @ bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double().T
+    with swap_kernels(layer):
+        assert relative(layer.eval()(x), exact) < 1e-6 and relative(layer.train()(x), exact) < 1e-6
+    assert relative(layer.train()(x), exact) < 1e-6
+    assert relative(layer.eval()(x), exact) > 1e-3
+
+
+@needs_repacking
+def test_hazard_gradients_vanish_after_one_eval_forward():
+    def gradient(layer: Any) -> Tensor | None:
+        layer.eval()(torch.randn(4, 128))
+        x = torch.randn(4, 128, requires_grad=True)
+        out = layer.train()(x)
+        if out.requires_grad:
+            out.sum().backward()
+        return x.grad
+
+    assert gradient(stock_layer()) is None
+    layer = stock_layer()
+    swap_kernels(layer)
+    assert gradient(layer) is not None
+
+
+@needs_repacking
+def test_hazard_decoding_and_the_state_dict_after_eval():
+    def after_eval(swapped: bool) -> tuple[float, bool]:
+        layer = stock_layer()
+        before, state = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), state_of(layer)
+        if swapped:
+            swap_kernels(layer)
+        layer.eval()(torch.randn(4, 128))
+        decoded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+        after = layer.state_dict()
+        same = list(after) == list(state) and all(torch.equal(after[name], value) for name, value in state.items())
+        return relative(decoded, before), same
+
+    error, same = after_eval(swapped=False)
+    assert error > 1 and not same
+    assert after_eval(swapped=True) == (0.0, True)
+
+
+@needs_repacking
+def test_hazard_merging_after_eval(load):
+    def merged_error(swapped: bool) -> float:
+        model, inputs = load("qwen2", 4), inputs_of("qwen2")
+        expected = output_of(model, inputs)
+        for module in model.modules():
+            if isinstance(module, bnb.nn.Linear4bit):
+                module.support_avx512bf16_for_cpu = True
+        if swapped:
+            swap_kernels(model)
+        with torch.no_grad():
+            output_of(model.eval(), inputs)
+            return relative(output_of(model.merge_and_unload(), inputs), expected)
+
+    assert merged_error(swapped=False) > 2 * merged_error(swapped=True)
+
+
+@needs_repacking
+@pytest.mark.parametrize(("width", "rows"), [(128, 40), (96, 64)])
+def test_hazard_sizes_that_crash_in_eval(width, rows):
+    x = torch.randn(4, width)
+    with pytest.raises((AssertionError, RuntimeError)):
+        stock_layer(width, rows).eval()(x)
+    layer = stock_layer(width, rows)
+    swap_kernels(layer)
+    assert layer.eval()(x).shape == (4, rows)
+
+
+@needs_repacking
+def test_hazard_a_repacked_layer_is_refused():
+    layer = stock_layer()
+    layer.eval()(torch.randn(4, 128))
+    swap = swap_kernels(layer)
+    assert "repacked in place" in swap.report()[0].reason and "forward" not in layer.__dict__
+
+
+def test_hooks_of_others_are_left():
+    layer = stock_layer()
+    layer.forward = lambda x: x
+    swap = swap_kernels(layer)
+    assert "replaced by something else" in swap.report()[0].reason
+    swap.undo()
+    assert layer(torch.ones(1)).item() == 1
+
+
+def test_a_view_follows_the_layers_bytes():
+    layer = stock_layer()
+    swap_kernels(layer)
+    x = torch.randn(2, 128)
+    before = layer(x)
+    layer.weight = bnb.nn.Params4bit(torch.randn(64, 128), requires_grad=False, quant_type="nf4").to("cpu")
+    assert not torch.equal(layer(x), before)
+    exact = x @ bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
+    torch.testing.assert_close(layer(x), exact)
