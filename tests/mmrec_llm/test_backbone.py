@@ -82,8 +82,28 @@ def repacking(monkeypatch):
     monkeypatch.setattr(bnb.nn.modules, "has_avx512bf16", lambda: True)
 
 
+@pytest.mark.parametrize("lora", [None, LoRAConfig(r=4, init="random")], ids=["plain", "adapted"])
+def test_kernels_compute_by_default(model_folder, lora):
+    """On CPU, with and without an adapter, one that is loaded later too; and the stock layers where they are wanted."""
+    backbone, stock = Backbone.load(model_folder, lora=lora), Backbone.load(model_folder, lora=lora, kernels=False)
+    assert stock.swap is None and not any("forward" in m.__dict__ for m in stock.model.modules())
+    assert backbone.swap is not None and all(layer.reason is None for layer in backbone.swap.report())
+    swapped = {layer.name.removesuffix(".base_layer") for layer in backbone.swap.report() if layer.part == "linear"}
+    assert swapped == {name.removesuffix(".base_layer") for name in backbone.quantized_layers()}
+    assert relative(tokens(backbone), tokens(stock)) < 2e-6
+
+
+def test_an_adapter_that_is_loaded_later_is_computed_by_the_kernel(model_folder, tmp_path):
+    trained = Backbone.load(model_folder, lora=LoRAConfig(r=4, init="random"))
+    trained.save_adapter(tmp_path)
+    backbone = Backbone.load(model_folder)
+    backbone.load_adapter(tmp_path)
+    assert backbone.swap is not None and any(layer.part == "LoRA" for layer in backbone.swap.report())
+    assert torch.equal(tokens(backbone), tokens(trained))
+
+
 def test_hazard_is_real_without_the_guard(bert, repacking):
-    backbone = Backbone.load(bert)
+    backbone = Backbone.load(bert, kernels=False)
     layer = next(iter(quantized_linears(backbone.model).values()))
     before = dequantized(layer)
     layer.eval()(torch.randn(2, 64))

@@ -16,6 +16,7 @@ from .fingerprint import ModelHash, combine, tokenizer_hash
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import LoRAConfig
 from .quantize import dequantized, keep_unpacked, quantized_linears
+from .swap import Swap, swap_kernels
 
 if TYPE_CHECKING:
     from .cache import EmbeddingCache
@@ -35,6 +36,7 @@ class Backbone:
         max_length: tokens kept per text, special tokens included.
         hidden_size: width d of the vectors.
         dtype: dtype of the dense weights and of the arithmetic in quantised layers.
+        swap: what computes with this package's kernels, or None where bitsandbytes and peft compute themselves.
     """
 
     def __init__(
@@ -45,6 +47,7 @@ class Backbone:
         self.name = name
         self.quantize = quantize
         self.lora: LoRAConfig | None = None
+        self.swap: Swap | None = None
         self.max_length = max_length
         self.dtype = dtype
         self.hidden_size: int = model.config.get_text_config().hidden_size
@@ -62,6 +65,7 @@ class Backbone:
         dtype: torch.dtype | None = None,
         max_length: int | None = None,
         device: str | torch.device = "cpu",
+        kernels: bool | None = None,
     ) -> Backbone:
         """Load an encoder or a causal LM (without its head) as an embedding model.
 
@@ -74,6 +78,8 @@ class Backbone:
             dtype: dense weights and compute dtype; None means float32 on CPU, bfloat16 elsewhere.
             max_length: tokens kept per text; None means what the model states, at most 512.
             device: where the model lives.
+            kernels: whether quantised layers and their adapters compute with `nf4_linear` (see `swap_kernels`). None:
+                on CPU, where it is compiled.
 
         Raises:
             ImportError: a package of the extra is missing; the message holds the pip command.
@@ -95,6 +101,8 @@ class Backbone:
         backbone = cls(model, tokenizer, name=name, quantize=quantize, max_length=length, dtype=dtype)
         if quantize:
             keep_unpacked(model)
+            if device.type == "cpu" if kernels is None else kernels:
+                backbone.swap = swap_kernels(model)
         if adapter is not None:
             backbone._attach(adapter)
         return backbone
@@ -254,6 +262,8 @@ class Backbone:
     def _attach(self, config: LoRAConfig) -> None:
         self.model = lora_module.attach(self.model, config)
         self.lora = config
+        if self.swap is not None:
+            self.swap = swap_kernels(self.model)  # with the layers that peft has put around
         self.model.train(False)
 
     def _need_adapter(self, method: str) -> bool:
