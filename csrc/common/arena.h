@@ -20,6 +20,27 @@ struct Arena {
   }
 };
 
+// What a Worker<Kind, T> for the elements of `given` takes of an arena.
+template <template <typename, typename> class Worker, typename T, typename Given>
+int64_t scratch_bytes_of(const Given& given) {
+  int64_t bytes = 0;
+  with_kind<T>(given.element, [&](auto kind) {
+    Arena arena{nullptr};
+    Worker<decltype(kind), T>(given, arena);
+    bytes = arena.used;
+  });
+  return bytes;
+}
+
+// Runs one in that much scratch memory.
+template <template <typename, typename> class Worker, typename T, typename Given, typename... Arguments>
+void run_worker(const Given& given, char* scratch, Arguments... arguments) {
+  with_kind<T>(given.element, [&](auto kind) {
+    Arena arena{scratch};
+    Worker<decltype(kind), T>(given, arena).run(arguments...);
+  });
+}
+
 }  // namespace
 }  // namespace MMREC_ISA
 }  // namespace mmrec

@@ -81,7 +81,7 @@ class Backward {
     for_each_task(
         passes * groups, [&] { return Buffer<char>(bytes); },
         [&](int64_t task, const Buffer<char>& scratch) {
-          kernels_.input(pass_at(task / groups * kPassTokens), task % groups * kGroupColumns, scratch.get());
+          kernels_.input(pass_at(task / groups * kPassTokens), scratch.get(), task % groups * kGroupColumns);
         });
   }
 
@@ -145,7 +145,7 @@ class Backward {
           sums.first = range.begin;
           sums.last = range.end;
           sums.out = out + range.adapter * matrix_bytes;
-          kernels_.sum_adapter(sums, begin, std::min(begin + step, width), scratch.get());
+          kernels_.sum_adapter(sums, scratch.get(), begin, std::min(begin + step, width));
         });
   }
 

@@ -295,63 +295,6 @@ void stage_row(Element element, int64_t width, const void* row, void* out) {
 }
 
 template <typename T>
-int64_t input_bytes(const NF4InputPass<T>& pass) {
-  int64_t bytes = 0;
-  with_kind<T>(pass.element, [&](auto kind) {
-    Arena arena{nullptr};
-    Input<decltype(kind), T>(pass, arena);
-    bytes = arena.used;
-  });
-  return bytes;
-}
-
-template <typename T>
-void input(const NF4InputPass<T>& pass, int64_t column, char* scratch) {
-  with_kind<T>(pass.element, [&](auto kind) {
-    Arena arena{scratch};
-    Input<decltype(kind), T>(pass, arena).run(column);
-  });
-}
-
-template <typename T>
-int64_t skinny_bytes(const SkinnyProduct<T>& product) {
-  int64_t bytes = 0;
-  with_kind<T>(product.element, [&](auto kind) {
-    Arena arena{nullptr};
-    SkinnyTransposed<decltype(kind), T>(product, arena);
-    bytes = arena.used;
-  });
-  return bytes;
-}
-
-template <typename T>
-void skinny(const SkinnyProduct<T>& product, T* out, char* scratch) {
-  with_kind<T>(product.element, [&](auto kind) {
-    Arena arena{scratch};
-    SkinnyTransposed<decltype(kind), T>(product, arena).run(out);
-  });
-}
-
-template <typename T>
-int64_t sums_bytes(const AdapterSums<T>& sums) {
-  int64_t bytes = 0;
-  with_kind<T>(sums.element, [&](auto kind) {
-    Arena arena{nullptr};
-    Sums<decltype(kind), T>(sums, arena);
-    bytes = arena.used;
-  });
-  return bytes;
-}
-
-template <typename T>
-void sum_adapter(const AdapterSums<T>& sums, int64_t begin, int64_t end, char* scratch) {
-  with_kind<T>(sums.element, [&](auto kind) {
-    Arena arena{scratch};
-    Sums<decltype(kind), T>(sums, arena).run(begin, end);
-  });
-}
-
-template <typename T>
 void sum_columns(Element element, const void* const* rows, int64_t count, int64_t begin, int64_t end, T* out) {
   with_kind<T>(element, [&](auto kind) {
     using Raw = typename decltype(kind)::Raw;
@@ -368,9 +311,18 @@ void sum_columns(Element element, const void* const* rows, int64_t count, int64_
 }
 
 template <typename T>
-constexpr NF4Backward<T> kKernels = {kPanelTokens<T>, kSumColumns,     reads_in_place<T>, row_bytes<T>,
-                                     stage_row<T>,    input_bytes<T>,  input<T>,          skinny_bytes<T>,
-                                     skinny<T>,       sums_bytes<T>,   sum_adapter<T>,    sum_columns<T>};
+constexpr NF4Backward<T> kKernels = {kPanelTokens<T>,
+                                     kSumColumns,
+                                     reads_in_place<T>,
+                                     row_bytes<T>,
+                                     stage_row<T>,
+                                     scratch_bytes_of<Input, T, NF4InputPass<T>>,
+                                     run_worker<Input, T, NF4InputPass<T>, int64_t>,
+                                     scratch_bytes_of<SkinnyTransposed, T, SkinnyProduct<T>>,
+                                     run_worker<SkinnyTransposed, T, SkinnyProduct<T>, T*>,
+                                     scratch_bytes_of<Sums, T, AdapterSums<T>>,
+                                     run_worker<Sums, T, AdapterSums<T>, int64_t, int64_t>,
+                                     sum_columns<T>};
 
 }  // namespace
 

@@ -42,7 +42,7 @@ Results forward_as(const Tensor& x, const NF4Bytes& weight, const std::optional<
   auto* const first_output = static_cast<char*>(y.mutable_data_ptr());
   const int64_t output_bytes = weight.rows * y.element_size();
   for (int64_t i = 0; i < tokens; ++i) outputs[static_cast<size_t>(i)] = first_output + adapters.token(i) * output_bytes;
-  const bool few = tokens <= kernels.most_few(pass.element);
+  const bool few = pass.few = tokens <= kernels.most_few(pass.element);
 
   // x aᵀ, once for all rows of W: as it is, to be kept, and scaled, in the form that the kernels read.
   const int64_t panels = (tokens + panel - 1) / panel, rank = adapters.any() ? adapters.rank : 0;
@@ -98,12 +98,11 @@ Results forward_as(const Tensor& x, const NF4Bytes& weight, const std::optional<
       pass.ranges = ranges.data();
       pass.first_range = first_range.data();
     }
-    const int64_t each = kernels.rows_per_task, bytes = kernels.scratch_bytes(pass, few);
-    const auto run = few ? kernels.few : kernels.many;
+    const int64_t each = kernels.rows_per_task, bytes = kernels.scratch_bytes(pass);
     for_each_task(
         (weight.rows + each - 1) / each, [&] { return Buffer<char>(bytes); },
         [&](int64_t task, const Buffer<char>& scratch) {
-          run(pass, task * each, std::min((task + 1) * each, weight.rows), scratch.get());
+          kernels.multiply(pass, scratch.get(), task * each, std::min((task + 1) * each, weight.rows));
         });
   }
   return {y, saved};

@@ -47,10 +47,10 @@ class Task {
   static constexpr int64_t kLanes = V::kLanes, kPanel = kPanelTokens<T>;
 
  public:
-  Task(const NF4Pass<T>& pass, bool few, Arena& arena) : p_(pass) {
+  Task(const NF4Pass<T>& pass, Arena& arena) : p_(pass) {
     absmax_ = arena.take<float>(absmax_count(p_.weight, kTaskRows));
     const int64_t panels = (p_.count + kPanel - 1) / kPanel;
-    if (few) {
+    if (p_.few) {
       start_ = arena.take<T>(2 * kFewStride * kLanes);
       decoded_ = arena.take<Operand<Kind>>(kIsFused<Kind> ? 0 : 4 * padded_columns(p_.weight.columns));
       y_ = arena.take<T>((kTaskRows + 4) * kFewStride);
@@ -65,6 +65,10 @@ class Task {
     }
   }
 
+  // Rows [begin, end) of W.
+  void run(int64_t begin, int64_t end) { p_.few ? few(begin, end) : many(begin, end); }
+
+ private:
   // ---- the width in lanes ----
   void few(int64_t begin, int64_t end) {
     const Weight w = weight_rows(p_.weight, begin, end, absmax_);
@@ -142,7 +146,6 @@ class Task {
     }
   }
 
- private:
 #if defined(__AVX512F__)
   // The lanes' sums of R rows and some tokens, in start_.
   template <int R>
@@ -275,55 +278,19 @@ void pack(Element element, int64_t width, const void* const* rows, int64_t count
 }
 
 template <typename T>
-int64_t scratch_bytes(const NF4Pass<T>& pass, bool few) {
-  int64_t bytes = 0;
-  with_kind<T>(pass.element, [&](auto kind) {
-    Arena arena{nullptr};
-    Task<decltype(kind), T>(pass, few, arena);
-    bytes = arena.used;
-  });
-  return bytes;
-}
-
-template <typename T>
-void few(const NF4Pass<T>& pass, int64_t begin, int64_t end, char* scratch) {
-  with_kind<T>(pass.element, [&](auto kind) {
-    Arena arena{scratch};
-    Task<decltype(kind), T>(pass, true, arena).few(begin, end);
-  });
-}
-
-template <typename T>
-void many(const NF4Pass<T>& pass, int64_t begin, int64_t end, char* scratch) {
-  with_kind<T>(pass.element, [&](auto kind) {
-    Arena arena{scratch};
-    Task<decltype(kind), T>(pass, false, arena).many(begin, end);
-  });
-}
-
-template <typename T>
-int64_t skinny_bytes(const SkinnyProduct<T>& product) {
-  int64_t bytes = 0;
-  with_kind<T>(product.element, [&](auto kind) {
-    Arena arena{nullptr};
-    Skinny<decltype(kind), T>(product, arena);
-    bytes = arena.used;
-  });
-  return bytes;
-}
-
-template <typename T>
-void skinny(const SkinnyProduct<T>& product, T* out, char* scratch) {
-  with_kind<T>(product.element, [&](auto kind) {
-    Arena arena{scratch};
-    Skinny<decltype(kind), T>(product, arena).run(out);
-  });
-}
-
-template <typename T>
-constexpr NF4Forward<T> kKernels = {kPanelTokens<T>,  kTaskRows,        most_few<T>, kFewRows, padded_rank<T>, token_bytes<T>,
-                                    stage_tokens<T>,  pack<T>,          pack_bytes<T>, scratch_bytes<T>, few<T>,
-                                    many<T>,          skinny_bytes<T>,  skinny<T>};
+constexpr NF4Forward<T> kKernels = {kPanelTokens<T>,
+                                    kTaskRows,
+                                    most_few<T>,
+                                    kFewRows,
+                                    padded_rank<T>,
+                                    token_bytes<T>,
+                                    stage_tokens<T>,
+                                    pack<T>,
+                                    pack_bytes<T>,
+                                    scratch_bytes_of<Task, T, NF4Pass<T>>,
+                                    run_worker<Task, T, NF4Pass<T>, int64_t, int64_t>,
+                                    scratch_bytes_of<Skinny, T, SkinnyProduct<T>>,
+                                    run_worker<Skinny, T, SkinnyProduct<T>, T*>};
 
 }  // namespace
 

@@ -63,7 +63,8 @@ template <typename T>
 struct NF4Pass {
   Element element;
   NF4Bytes weight;
-  const void* tokens;  // as `stage` or `pack` leaves them
+  bool few;            // tokens have the width in lanes; else they lie in lanes
+  const void* tokens;  // as `stage` (few) or `pack` leaves them
   int64_t count;
   int64_t rank;  // 0: no adapter
   LoRAFactor b;  // [rows of W][rank]
@@ -80,7 +81,7 @@ struct NF4Pass {
 template <typename T>
 struct NF4Forward {
   int64_t panel;          // tokens of a panel
-  int64_t rows_per_task;  // the most rows of W that few() and many() take
+  int64_t rows_per_task;  // the most rows of W that multiply() takes
   int64_t (*most_few)(Element);
   int64_t most_few_skinny;
   int64_t (*padded_rank)(int64_t rank);
@@ -89,12 +90,11 @@ struct NF4Forward {
   void (*stage)(Element, int64_t width, const void* const* rows, int64_t count, void* tokens);
   void (*pack)(Element, int64_t width, const void* const* rows, int64_t count, void* tokens, char* scratch);
   int64_t (*pack_bytes)(Element);
-  int64_t (*scratch_bytes)(const NF4Pass<T>&, bool few);
+  int64_t (*scratch_bytes)(const NF4Pass<T>&);
   // Rows [begin, end) of W.
-  void (*few)(const NF4Pass<T>&, int64_t begin, int64_t end, char* scratch);
-  void (*many)(const NF4Pass<T>&, int64_t begin, int64_t end, char* scratch);
+  void (*multiply)(const NF4Pass<T>&, char* scratch, int64_t begin, int64_t end);
   int64_t (*skinny_bytes)(const SkinnyProduct<T>&);
-  void (*skinny)(const SkinnyProduct<T>&, T* out, char* scratch);
+  void (*skinny)(const SkinnyProduct<T>&, char* scratch, T* out);
 };
 
 // dx = dy W + dS a for the tokens of a pass.
@@ -135,12 +135,12 @@ struct NF4Backward {
   void (*stage_row)(Element, int64_t width, const void* row, void* out);
   int64_t (*input_bytes)(const NF4InputPass<T>&);
   // Columns [column, column + kGroupColumns) of dx.
-  void (*input)(const NF4InputPass<T>&, int64_t column, char* scratch);
+  void (*input)(const NF4InputPass<T>&, char* scratch, int64_t column);
   // dS: as SkinnyProduct, with the factor [width][rank].
   int64_t (*skinny_bytes)(const SkinnyProduct<T>&);
-  void (*skinny)(const SkinnyProduct<T>&, T* out, char* scratch);
+  void (*skinny)(const SkinnyProduct<T>&, char* scratch, T* out);
   int64_t (*sums_bytes)(const AdapterSums<T>&);
-  void (*sum_adapter)(const AdapterSums<T>&, int64_t begin, int64_t end, char* scratch);
+  void (*sum_adapter)(const AdapterSums<T>&, char* scratch, int64_t begin, int64_t end);
   void (*sum_columns)(Element, const void* const* rows, int64_t count, int64_t begin, int64_t end, T* out);
 };
 

@@ -83,7 +83,7 @@ std::vector<const void*> row_pointers(const Tensor& matrix, const Adapters& adap
 template <typename T>
 void panel_products(Element element, const std::vector<const void*>& rows, int64_t width, const LoRAFactor& factor,
                     const Adapters& adapters, bool scaled, int64_t (*scratch_bytes)(const SkinnyProduct<T>&),
-                    void (*multiply)(const SkinnyProduct<T>&, T* out, char* scratch), T* out) {
+                    void (*multiply)(const SkinnyProduct<T>&, char* scratch, T* out), T* out) {
   const auto& kernels = nf4_kernels_here<NF4Forward<T>>();
   const int64_t panel = kernels.panel, rank = adapters.rank, count = static_cast<int64_t>(rows.size());
   const int64_t panels = (count + panel - 1) / panel;
@@ -107,7 +107,7 @@ void panel_products(Element element, const std::vector<const void*>& rows, int64
           product.count = end - begin;
           product.factor = factor.of(range.adapter, element_bytes);
           product.scale = static_cast<T>(scaled ? adapters.scaling(range.adapter) : 1.0);
-          multiply(product, scratch.second.get(), scratch.first.get());
+          multiply(product, scratch.first.get(), scratch.second.get());
           for (int64_t r = 0; r < rank; ++r) {
             const T* const from = scratch.second.get() + r * panel;
             std::copy(from + range.begin, from + range.end, to + r * panel + range.begin);
@@ -117,8 +117,8 @@ void panel_products(Element element, const std::vector<const void*>& rows, int64
 }
 
 template void panel_products(Element, const std::vector<const void*>&, int64_t, const LoRAFactor&, const Adapters&, bool,
-                             int64_t (*)(const SkinnyProduct<float>&), void (*)(const SkinnyProduct<float>&, float*, char*), float*);
+                             int64_t (*)(const SkinnyProduct<float>&), void (*)(const SkinnyProduct<float>&, char*, float*), float*);
 template void panel_products(Element, const std::vector<const void*>&, int64_t, const LoRAFactor&, const Adapters&, bool,
-                             int64_t (*)(const SkinnyProduct<double>&), void (*)(const SkinnyProduct<double>&, double*, char*), double*);
+                             int64_t (*)(const SkinnyProduct<double>&), void (*)(const SkinnyProduct<double>&, char*, double*), double*);
 
 }  // namespace mmrec

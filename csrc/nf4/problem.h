@@ -72,6 +72,6 @@ std::vector<const void*> row_pointers(const Tensor& matrix, const Adapters& adap
 template <typename T>
 void panel_products(Element element, const std::vector<const void*>& rows, int64_t width, const LoRAFactor& factor,
                     const Adapters& adapters, bool scaled, int64_t (*scratch_bytes)(const SkinnyProduct<T>&),
-                    void (*multiply)(const SkinnyProduct<T>&, T* out, char* scratch), T* out);
+                    void (*multiply)(const SkinnyProduct<T>&, char* scratch, T* out), T* out);
 
 }  // namespace mmrec

@@ -156,17 +156,6 @@ bool is_whole(int64_t width, int64_t hidden) {
 }
 
 template <typename T>
-int64_t scratch_bytes(const ExpertPass<T>& pass) {
-  int64_t bytes = 0;
-  with_kind<T>(pass.element, [&](auto kind) {
-    Arena arena{nullptr};
-    Task<decltype(kind), T>(pass, arena);
-    bytes = arena.used;
-  });
-  return bytes;
-}
-
-template <typename T>
 void compute(const ExpertPass<T>& pass, const ExpertTile& tile, char* scratch) {
   with_kind<T>(pass.element, [&](auto kind) {
     Arena arena{scratch};
@@ -214,7 +203,8 @@ void combine(const ExpertPass<T>& pass, const Combination<T>& c, int64_t begin, 
 }
 
 template <typename T>
-constexpr ExpertsForward<T> kKernels = {padded_width<T>, is_whole<T>, scratch_bytes<T>, compute<T>, combine<T>};
+constexpr ExpertsForward<T> kKernels = {padded_width<T>, is_whole<T>, scratch_bytes_of<Task, T, ExpertPass<T>>, compute<T>,
+                                        combine<T>};
 
 }  // namespace
 

@@ -242,17 +242,6 @@ void pack_gate(const Router<T>& router, const void* gate, void* packed) {
 }
 
 template <typename T>
-int64_t scratch_bytes(const Router<T>& router) {
-  int64_t bytes = 0;
-  with_kind<T>(router.element, [&](auto kind) {
-    Arena arena{nullptr};
-    Task<decltype(kind), T>(router, arena);
-    bytes = arena.used;
-  });
-  return bytes;
-}
-
-template <typename T>
 void route(const Router<T>& router, int64_t first, int64_t last, T* weights, int32_t* experts, double* sums, char* scratch) {
   with_kind<T>(router.element, [&](auto kind) {
     Arena arena{scratch};
@@ -262,7 +251,7 @@ void route(const Router<T>& router, int64_t first, int64_t last, T* weights, int
 
 template <typename T>
 constexpr RouteForward<T> kKernels = {[](int64_t experts) { return gate_lanes(experts, Vec<T>::kLanes); }, pack_gate<T>,
-                                      scratch_bytes<T>, route<T>};
+                                      scratch_bytes_of<Task, T, Router<T>>, route<T>};
 
 }  // namespace
 
