@@ -7,6 +7,7 @@ global, no parameter, no key of the state dict and no module's type does.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 from torch import nn
@@ -98,16 +99,15 @@ def swap_kernels(
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     swap = Swap(model)
-    try:
+    with ExitStack() as unless_all_goes_well:
+        unless_all_goes_well.callback(swap.undo)
         if linear:
             _swap_linear(swap)
         if attention:
             _swap_attention(swap)
         if experts:
             _swap_experts(swap)
-    except BaseException:
-        swap.undo()
-        raise
+        unless_all_goes_well.pop_all()
     return swap
 
 
