@@ -186,7 +186,6 @@ class SkinnyTransposed {
     sums_ = arena.take<T>((kPanel + 1) * padded_);
   }
 
-  // The factor's columns [first, first + rank) of `stride`.
   void run(T* out) {
     std::memset(sums_, 0, sizeof(T) * static_cast<size_t>((kPanel + 1) * padded_));
     std::memset(tokens_, 0, sizeof(T) * static_cast<size_t>((kPanel + 1) * kColumns));

@@ -51,7 +51,7 @@ struct SkinnyProduct {
   Element element;
   const void* const* rows;  // [width] of x's type
   int64_t count, width;
-  bool few;            // all rows of all panels are so few that the width lies in lanes: a row's bits do not depend on its panel
+  bool few;            // of all panels' rows: whether the width lies in lanes. So a row's bits do not depend on its panel.
   const void* factor;  // [rank][width]
   bool is_float32;     // the factor; else it is of x's type
   int64_t rank;
@@ -102,7 +102,7 @@ template <typename T>
 struct NF4InputPass {
   Element element;
   NF4Bytes weight;          // absmax is not nested
-  const void* const* rows;  // dy as `stage_rows` leaves it, or where it lies
+  const void* const* rows;  // dy as `stage_row` leaves it, or where it lies
   int64_t count;
   int64_t rank;  // 0: no adapter
   LoRAFactor a;  // [rank][columns of W]
@@ -129,7 +129,7 @@ template <typename T>
 struct NF4Backward {
   int64_t panel;             // positions of a panel of dS
   int64_t columns_per_task;  // the most that sum_adapter() and sum_columns() take
-  // Whether the products read rows of dy where they lie. If not, stage_rows makes copies of row_bytes() each.
+  // Whether the products read rows of dy where they lie. If not, stage_row makes copies of row_bytes() each.
   bool (*reads_in_place)(Element, int64_t width);
   int64_t (*row_bytes)(Element, int64_t width);
   void (*stage_row)(Element, int64_t width, const void* row, void* out);

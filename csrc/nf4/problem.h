@@ -67,8 +67,8 @@ class Adapters {
 // rows[i] = where row order(i) of a matrix lies.
 std::vector<const void*> row_pointers(const Tensor& matrix, const Adapters& adapters);
 
-// A product with a factor of the adapters for all positions of the order, if `scaled` times the adapters' scalings: [panel][rank][panel width],
-// 0 where a token has no adapter. `multiply` is one of the kernels' skinny products.
+// A product with a factor of the adapters for all positions of the order, if `scaled` times the adapters' scalings:
+// [panel][rank][panel width], 0 where a token has no adapter. `multiply` is one of the kernels' skinny products.
 template <typename T>
 void panel_products(Element element, const std::vector<const void*>& rows, int64_t width, const LoRAFactor& factor,
                     const Adapters& adapters, bool scaled, int64_t (*scratch_bytes)(const SkinnyProduct<T>&),

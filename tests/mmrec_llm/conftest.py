@@ -99,3 +99,32 @@ def texts() -> list[str]:
         "red shoe", "the big blue hat", "star war", "a new phone with a small green hat", "old film", "red shoe",
         "night of the big star and the old war film", "hat",
     ]  # fmt: skip
+
+
+@pytest.fixture
+def eager_bitsandbytes():
+    """bitsandbytes compiles its generic decode, which takes half a minute and gives the same bits."""
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+@pytest.fixture(scope="session")
+def _dense_folders(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    made: dict[str, Path] = {}
+
+    def folder_of(family: str) -> Path:
+        if family not in made:
+            made[family] = tmp_path_factory.mktemp(family)
+        return made[family]
+
+    return folder_of
+
+
+@pytest.fixture
+def load(_dense_folders):
+    """Loads a tiny NF4 model of a family: `load(family, rank=0, dtype=torch.float32, **lora)`."""
+    from swap_models import load_quantised
+
+    return lambda family, rank=0, dtype=torch.float32, **lora: load_quantised(
+        family, _dense_folders(family), rank, dtype, **lora
+    )

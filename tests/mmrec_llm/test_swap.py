@@ -1,11 +1,9 @@
 """`swap_kernels` on quantised models of transformers, with and without peft: what it computes, what it leaves, what
-undoing gives back; and the hazards of the stock stack on CPU, of which it is free."""
+undoing gives back."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,43 +20,9 @@ bnb = pytest.importorskip("bitsandbytes")
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
 
-SIZES = {
-    "vocab_size": 99,
-    "hidden_size": 64,
-    "intermediate_size": 128,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-GROUPED = SIZES | {"num_key_value_heads": 2}
-T5_SIZES = {"vocab_size": 99, "d_model": 64, "d_ff": 128, "d_kv": 16, "num_layers": 2, "num_heads": 4}
+from swap_models import FAMILIES, GROUPED, inputs_of, output_of, state_of, stock_layer  # noqa: E402
 
-
-def _vision_language() -> tuple[Any, Any]:
-    vision = {k: v for k, v in SIZES.items() if k != "vocab_size"} | {"image_size": 16, "patch_size": 8}
-    config = transformers.LlavaConfig(
-        vision_config=transformers.CLIPVisionConfig(**vision), text_config=transformers.LlamaConfig(**GROUPED),
-        image_token_index=98, vision_feature_layer=-1, image_seq_length=4,
-    )  # fmt: skip
-    return transformers.LlavaForConditionalGeneration, config
-
-
-FAMILIES: dict[str, Callable[[], tuple[Any, Any]]] = {
-    "llama": lambda: (transformers.LlamaForCausalLM, transformers.LlamaConfig(**GROUPED)),
-    "qwen2": lambda: (transformers.Qwen2ForCausalLM, transformers.Qwen2Config(**GROUPED)),
-    "qwen3": lambda: (transformers.Qwen3ForCausalLM, transformers.Qwen3Config(**GROUPED, head_dim=16)),
-    "mistral": lambda: (transformers.MistralForCausalLM, transformers.MistralConfig(**GROUPED)),
-    "bert": lambda: (transformers.BertModel, transformers.BertConfig(**SIZES)),
-    "t5": lambda: (transformers.T5ForConditionalGeneration, transformers.T5Config(**T5_SIZES)),
-    "llava": _vision_language,
-}
-_folders: dict[str, Path] = {}
-
-
-@pytest.fixture(autouse=True)
-def eager_bitsandbytes():
-    """bitsandbytes compiles its generic decode, which takes half a minute and gives the same bits."""
-    with torch.compiler.set_stance("force_eager"):
-        yield
+pytestmark = pytest.mark.usefixtures("eager_bitsandbytes")
 
 
 @pytest.fixture
@@ -72,65 +36,6 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[int]:
 
     monkeypatch.setattr(swap_linear, "nf4_linear", counted)
     return found
-
-
-@pytest.fixture
-def load(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
-    """Loads a family with NF4 weights, which bitsandbytes never repacks, and random adapters if a rank is given."""
-
-    def make(family: str, rank: int = 0, dtype: torch.dtype = torch.float32, **lora: Any) -> Any:
-        kind, config = FAMILIES[family]()
-        if family not in _folders:
-            torch.manual_seed(0)
-            _folders[family] = tmp_path_factory.mktemp(family)
-            kind(config).save_pretrained(_folders[family])
-        quantization = transformers.BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-        )
-        model = kind.from_pretrained(
-            _folders[family], quantization_config=quantization, device_map={"": "cpu"}, dtype=dtype
-        )
-        for module in model.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = False
-        if rank:
-            torch.manual_seed(1)
-            model = add_adapter(model, rank, **lora)
-        return model.eval()
-
-    return make
-
-
-def add_adapter(model: Any, rank: int, **lora: Any) -> Any:
-    config = peft.LoraConfig(
-        r=rank,
-        lora_alpha=2 * rank,
-        target_modules="all-linear",
-        init_lora_weights=False,
-        **{"lora_dropout": 0.0, **lora},
-    )
-    return peft.get_peft_model(model, config)
-
-
-def inputs_of(family: str, seed: int = 3) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    ids = torch.randint(0, 90, (3, 9), generator=generator)
-    found = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if family == "t5":
-        found["decoder_input_ids"] = ids[:, :5]
-    if family == "llava":
-        ids[:, :4] = 98
-        found["pixel_values"] = torch.randn(3, 3, 16, 16, generator=generator)
-    return found
-
-
-def output_of(model: Any, inputs: dict[str, Tensor]) -> Tensor:
-    found = model(**inputs)
-    return found["logits"] if "logits" in found else found["last_hidden_state"]
-
-
-def state_of(model: nn.Module) -> dict[str, Tensor]:
-    return {name: value.clone() for name, value in model.state_dict().items()}
 
 
 def assert_same_state(model: nn.Module, before: dict[str, Tensor]) -> None:
@@ -345,108 +250,6 @@ def test_attention_and_experts_come_and_go():
     assert str(swap_kernels(nn.Linear(3, 4))) == "nothing to swap"
 
 
-# ---- the hazards of the stock stack on CPU ---------------------------------------------------------------------------
-
-
-def stock_layer(width: int = 128, rows: int = 64, dtype: torch.dtype = torch.float32) -> Any:
-    torch.manual_seed(0)
-    layer = bnb.nn.Linear4bit(width, rows, bias=False, compute_dtype=dtype, quant_type="nf4")
-    layer.load_state_dict({"weight": torch.randn(rows, width) / width**0.5})
-    layer = layer.to("cpu")
-    layer.support_avx512bf16_for_cpu = True  # as on a machine with AVX512-BF16
-    return layer
-
-
-needs_repacking = pytest.mark.skipif(
-    not bnb.functional.has_avx512bf16(), reason="bitsandbytes repacks weights on processors with AVX512-BF16 only"
-)
-
-
-def relative(found: Tensor, expected: Tensor) -> float:
-    return float((found.double() - expected.double()).norm() / expected.double().norm())
-
-
-@needs_repacking
-def test_hazard_float32_becomes_bfloat16_in_eval():
-    x = torch.randn(4, 128)
-    layer = stock_layer()
-    exact = x.double() @ bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).double().T
-    with swap_kernels(layer):
-        assert relative(layer.eval()(x), exact) < 1e-6 and relative(layer.train()(x), exact) < 1e-6
-    assert relative(layer.train()(x), exact) < 1e-6
-    assert relative(layer.eval()(x), exact) > 1e-3
-
-
-@needs_repacking
-def test_hazard_gradients_vanish_after_one_eval_forward():
-    def gradient(layer: Any) -> Tensor | None:
-        layer.eval()(torch.randn(4, 128))
-        x = torch.randn(4, 128, requires_grad=True)
-        out = layer.train()(x)
-        if out.requires_grad:
-            out.sum().backward()
-        return x.grad
-
-    assert gradient(stock_layer()) is None
-    layer = stock_layer()
-    swap_kernels(layer)
-    assert gradient(layer) is not None
-
-
-@needs_repacking
-def test_hazard_decoding_and_the_state_dict_after_eval():
-    def after_eval(swapped: bool) -> tuple[float, bool]:
-        layer = stock_layer()
-        before, state = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state), state_of(layer)
-        if swapped:
-            swap_kernels(layer)
-        layer.eval()(torch.randn(4, 128))
-        decoded = bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
-        after = layer.state_dict()
-        same = list(after) == list(state) and all(torch.equal(after[name], value) for name, value in state.items())
-        return relative(decoded, before), same
-
-    error, same = after_eval(swapped=False)
-    assert error > 1 and not same
-    assert after_eval(swapped=True) == (0.0, True)
-
-
-@needs_repacking
-def test_hazard_merging_after_eval(load):
-    def merged_error(swapped: bool) -> float:
-        model, inputs = load("qwen2", 4), inputs_of("qwen2")
-        expected = output_of(model, inputs)
-        for module in model.modules():
-            if isinstance(module, bnb.nn.Linear4bit):
-                module.support_avx512bf16_for_cpu = True
-        if swapped:
-            swap_kernels(model)
-        with torch.no_grad():
-            output_of(model.eval(), inputs)
-            return relative(output_of(model.merge_and_unload(), inputs), expected)
-
-    assert merged_error(swapped=False) > 2 * merged_error(swapped=True)
-
-
-@needs_repacking
-@pytest.mark.parametrize(("width", "rows"), [(128, 40), (96, 64)])
-def test_hazard_sizes_that_crash_in_eval(width, rows):
-    x = torch.randn(4, width)
-    with pytest.raises((AssertionError, RuntimeError)):
-        stock_layer(width, rows).eval()(x)
-    layer = stock_layer(width, rows)
-    swap_kernels(layer)
-    assert layer.eval()(x).shape == (4, rows)
-
-
-@needs_repacking
-def test_hazard_a_repacked_layer_is_refused():
-    layer = stock_layer()
-    layer.eval()(torch.randn(4, 128))
-    swap = swap_kernels(layer)
-    assert "repacked in place" in swap.report()[0].reason and "forward" not in layer.__dict__
-
-
 def test_hooks_of_others_are_left():
     layer = stock_layer()
     layer.forward = lambda x: x
@@ -465,3 +268,50 @@ def test_a_view_follows_the_layers_bytes():
     assert not torch.equal(layer(x), before)
     exact = x @ bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
     torch.testing.assert_close(layer(x), exact)
+
+
+def test_hooks_of_a_base_layer_are_run(load):
+    """Its call is what runs them, so peft's forward computes there."""
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    expected, seen = output_of(model, inputs), []
+    watched = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.bnb.Linear4bit))
+    handle = watched.base_layer.register_forward_hook(lambda *_: seen.append(1))
+    swap = swap_kernels(model)
+    assert sum("has hooks" in (layer.reason or "") for layer in swap.report()) == 1
+    assert_close(output_of(model, inputs), expected)
+    assert seen == [1]
+    handle.remove()
+    output_of(model, inputs)
+    assert seen == [1] and all(layer.reason is None for layer in swap_kernels(model).report())
+
+
+def test_a_patched_base_layer_is_left_with_its_adapter(load):
+    model, inputs = load("qwen2", 4), inputs_of("qwen2")
+    patched = next(m for m in model.modules() if isinstance(m, peft.tuners.lora.bnb.Linear4bit))
+    patched.base_layer.forward = lambda x: torch.zeros(*x.shape[:-1], patched.out_features)
+    expected = output_of(model, inputs)
+    swap = swap_kernels(model)
+    assert sum("replaced by something else" in (layer.reason or "") for layer in swap.report()) == 2
+    assert_close(output_of(model, inputs), expected)
+
+
+def test_float16_is_computed_in_float32_on_cpu():
+    layer = stock_layer(dtype=torch.float16)
+    x = torch.randn(4, 128)
+    exact = x @ bnb.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state).T
+    swap_kernels(layer)
+    torch.testing.assert_close(layer(x), exact)
+    assert layer(x.half()).dtype == torch.float16
+
+
+def test_adapters_written_behind_autograds_back_count(load):
+    """In a mixed batch: `.data.copy_` changes neither address nor version, as swapping an adapter in place does."""
+    model, inputs = load("qwen2", 4), inputs_of("qwen2") | {"adapter_names": ["default", "__base__", "default"]}
+    swap_kernels(model)
+    with torch.no_grad():
+        before = output_of(model, inputs)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data.copy_(torch.zeros_like(parameter))
+        after = output_of(model, inputs)
+    assert torch.equal(after[1], before[1]) and not torch.equal(after[0], before[0])

@@ -84,13 +84,13 @@ def swap_kernels(
         model: any module: of transformers, wrapped by peft, or one that holds bitsandbytes' 4-bit layers.
         linear: bitsandbytes' NF4 layers, and peft's LoRA layers around them, compute with `nf4_linear`. Adapters may be
             switched, disabled, merged and unloaded as before. DoRA, dropout while training and biases of adapters are
-            computed by peft's own forward around the swapped layer, and the report says so.
+            computed by peft's own forward around the swapped layer, and so is what has hooks; the report says so.
         attention: True: `cross_modal_attention` behind transformers' interface. None or False: left.
         experts: True: `mixture_of_experts` behind transformers' interface. None or False: left.
 
     Returns:
-        A `Swap`, with `report()`, `undo()`, and as a context manager. Swapping twice changes nothing more; undoing one
-        of the two takes the kernels out.
+        A `Swap`, with `report()`, `undo()`, and as a context manager. Swapping twice changes nothing more. Undoing
+        either takes the linear layers' kernels out; attention and experts go back to what they were before that call.
 
     Raises:
         TypeError: not a module.
@@ -119,8 +119,7 @@ def _swap_linear(swap: Swap) -> None:
             continue
         adapted = forward is swap_linear.adapted_forward
         part = "LoRA" if adapted else "linear"
-        before = module.__dict__.get("forward")
-        if before is not None and not _is_ours(before):
+        if any(_is_foreign(m.__dict__.get("forward")) for m in ((module, module.base_layer) if adapted else (module,))):
             foreign = "its forward was replaced by something else (a hook, another patch): left as it is"
             swap._layers.append(SwappedLayer(name, part, foreign))
             continue
@@ -131,6 +130,10 @@ def _swap_linear(swap: Swap) -> None:
             if adapted:  # swapped all the same: peft's forward is asked where an adapter needs it
                 reason = swap_linear.why_not(module, list(module.lora_A))
         swap._layers.append(SwappedLayer(name, part, reason))
+
+
+def _is_foreign(forward: Any) -> bool:
+    return forward is not None and not _is_ours(forward)
 
 
 def _is_ours(forward: Any) -> bool:

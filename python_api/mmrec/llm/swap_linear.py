@@ -1,7 +1,7 @@
 """Forwards of bitsandbytes' 4-bit layer, and of peft's LoRA layer around it, through `nf4_linear`.
 
 They become attributes of module instances: methods bound to the module, so that `copy.deepcopy` binds the copy's to the
-copy. What they need beyond the module is kept beside it in weak dictionaries.
+copy. The view of a layer's bytes is kept beside it, in a weak dictionary.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from .extras import require
 Reason = str | None
 
 _views: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, NF4Weight]] = weakref.WeakKeyDictionary()
-_stacks: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[Any, ...], LoRA]] = weakref.WeakKeyDictionary()
 
 
 def view_of(layer: Any) -> NF4Weight:
@@ -81,7 +80,11 @@ def adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def why_not(layer: Any, names: list[str], *, mixed: bool = False) -> Reason:
     """Why peft's own forward has to compute these adapters of a layer in its current mode, or None."""
+    if _is_watched(layer.base_layer):
+        return "its base layer has hooks, which only a call of that layer runs: computed by peft"
     for name in names:
+        if _is_watched(layer.lora_A[name]) or _is_watched(layer.lora_B[name]):
+            return f"adapter {name!r} has hooks, which only a call of its layers runs: computed by peft"
         if name in layer.lora_variant:
             return f"adapter {name!r} is {type(layer.lora_variant[name]).__name__}: computed by peft"
         dropout = layer.lora_dropout[name]
@@ -99,11 +102,17 @@ def why_not(layer: Any, names: list[str], *, mixed: bool = False) -> Reason:
     return None
 
 
+def _is_watched(module: nn.Module) -> bool:
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks)
+
+
 def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:
-    """What the stock layer computes in."""
+    """What the stock layer computes in; float32 in place of float16 on CPU, where the op does not have that."""
+    dtype: torch.dtype = layer.compute_dtype or x.dtype
     if not layer.compute_type_is_set and x.dtype in (torch.float32, torch.bfloat16):
-        return x.dtype
-    return layer.compute_dtype or x.dtype
+        dtype = x.dtype
+    return torch.float32 if dtype == torch.float16 and x.device.type == "cpu" else dtype
 
 
 def _linear(layer: Any, x: Tensor, lora: LoRA | None, ids: Tensor | None) -> Tensor:
@@ -133,27 +142,12 @@ def _joined(layer: Any, names: list[str], dtype: torch.dtype) -> LoRA:
 
 
 def _stacked(layer: Any, names: list[str], dtype: torch.dtype) -> LoRA:
-    """One for each row: stacks, kept until one of them changes."""
-    parameters = [layer.lora_A[n].weight for n in names] + [layer.lora_B[n].weight for n in names]
-    scalings = [float(layer.scaling[n]) for n in names]
-    key = (dtype, *names, *scalings, *((p.data_ptr(), p._version, p.dtype) for p in parameters))
-    needs_grad = torch.is_grad_enabled() and any(p.requires_grad for p in parameters)
-    found = _stacks.get(layer)
-    if not needs_grad and found is not None and found[0] == key:
-        return found[1]
+    """One for each row. Made at each call: a write to an adapter's `.data` would leave a kept one behind unseen."""
     factors = [_factors(layer, name, dtype) for name in names]
-    alike = {f.dtype for pair in factors for f in pair}
-    if len(alike) > 1:
+    if len({a.dtype for a, _ in factors}) > 1:
         factors = [(a.float(), b.float()) for a, b in factors]
-    device = parameters[0].device
-    stack = LoRA(
-        torch.stack([a for a, _ in factors]),
-        torch.stack([b for _, b in factors]),
-        torch.tensor(scalings, dtype=torch.float32, device=device),
-    )
-    if not needs_grad:
-        _stacks[layer] = (key, stack)
-    return stack
+    scalings = torch.tensor([float(layer.scaling[n]) for n in names], dtype=torch.float32, device=factors[0][0].device)
+    return LoRA(torch.stack([a for a, _ in factors]), torch.stack([b for _, b in factors]), scalings)
 
 
 def kind_of(module: nn.Module) -> Callable[..., Tensor] | None:
