@@ -6,6 +6,8 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
 import torch
@@ -17,33 +19,46 @@ COMPILED = ("retrieval", "infonce", "attention", "routing", "nf4")  # the ops th
 INTERPRETED = ("retrieval", "infonce", "attention", "routing")  # the ops that have Triton kernels
 
 
-def run_pytest(folders: tuple[str, ...], **environment: str) -> None:
+def run_pytest(folders: tuple[str, ...], environment: dict[str, str]) -> None:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{f}" for f in folders)]
     # Ahead-of-time tables, process groups and torch.compile take minutes and do not depend on the environment.
     command += ["-k", "not ahead_of_time and not processes and not compiles"]
-    done = subprocess.run(command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True)
+    threads = {"OMP_NUM_THREADS": "1"}  # several of these run at a time; tests of thread counts set their own
+    done = subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **threads, **environment}, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
 
-def other_isas() -> list[str]:
+def environments() -> dict[str, tuple[tuple[str, ...], dict[str, str]]]:
+    """The runs, by name: folders of tests and the variables they run under. The longest come first."""
+    runs = {f"interpreter-{op}": ((op,), {"TRITON_INTERPRET": "1"}) for op in INTERPRETED}
     best = library.cpu_isa()
-    return [
-        isa for isa in schemas.ISA_NAMES if isa != best and schemas.ISA_NAMES.index(isa) < schemas.ISA_NAMES.index(best)
-    ]
+    if best != "none" and "MMREC_CPU_ISA" not in os.environ:  # otherwise it is not built, or the caller chose one
+        for isa in schemas.ISA_NAMES[: schemas.ISA_NAMES.index(best)]:
+            runs[isa] = (COMPILED, {"MMREC_CPU_ISA": isa})
+    return runs
 
 
-@pytest.mark.skipif(library.cpu_isa() == "none", reason="_C is not built")
-@pytest.mark.skipif("MMREC_CPU_ISA" in os.environ, reason="MMREC_CPU_ISA already chooses one")
-@pytest.mark.parametrize("isa", other_isas())
-def test_every_lower_instruction_set(isa):
-    run_pytest(COMPILED, MMREC_CPU_ISA=isa)
+@pytest.fixture(scope="module")
+def started(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+    """The runs of the selected tests, all under way, as many at a time as there are processors."""
+    runs, names = (
+        environments(),
+        [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")],
+    )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield {name: pool.submit(run_pytest, *runs[name]) for name in dict.fromkeys(names) if name in runs}
+        pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.parametrize("op", INTERPRETED)
-def test_triton_interpreter(op):
-    pytest.importorskip("triton")
-    run_pytest((op,), TRITON_INTERPRET="1")
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("name", environments())
+def test_in_another_environment(name, started):
+    if name.startswith("interpreter"):
+        pytest.importorskip("triton")
+    started[name].result()
 
 
 @pytest.mark.skipif(library.cpu_isa() == "none", reason="_C is not built")
