@@ -10,12 +10,12 @@ import triton
 from torch import Tensor
 
 from ...schemas import statistics_dtype
-from ...triton_common import FUSED, interpreted, next_power_of_two
+from ...triton_common import FUSED, interpreted, next_power_of_two, product_flags, wide_type
 from .. import reference_experts
 from ..reference_experts import GATED
 from . import experts_backward_kernels as backward_kernels
 from . import experts_kernels as kernels
-from .plan import NETWORK_WIDTH, Plan, launch_sizes, product_flags, wide_type
+from .plan import NETWORK_WIDTH, Plan, launch_sizes
 from .router_pass import MOST_EXPERTS, rows_of
 
 # Programs that the products of dW, and sums over tokens, are split into.

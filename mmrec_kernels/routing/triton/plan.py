@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
-from ...triton_common import FUSED, interpreted, next_power_of_two, precision
+from ...triton_common import FUSED, interpreted, next_power_of_two, wide_type
 from . import plan_kernels as kernels
 
 # Tokens wider than this pass two kernels: their outputs do not fit the registers of one.
@@ -101,17 +99,8 @@ class Plan:
         return self.num_tokens if shared else self.num_tokens * self.slots * self.gates / self.num_experts
 
 
-def wide_type(dtype: torch.dtype) -> Any:
-    """The type of sums."""
-    return tl.float64 if dtype == torch.float64 else tl.float32
-
-
 def launch_sizes(kernel: str, pairs: float, width: int, dtype: torch.dtype) -> dict[str, int]:
     sizes = block_sizes(kernel, pairs, width, dtype)
     if interpreted():  # tiles small enough that small tests have several
         sizes |= {name: 16 for name in sizes if name.startswith("BLOCK") and (kernel, name) != ("network", "BLOCK_D")}
     return {**sizes, **FUSED}
-
-
-def product_flags(dtype: torch.dtype) -> dict[str, Any]:
-    return {"PRECISION": precision(dtype), "UPCAST": interpreted() and dtype != torch.float64, "WIDE": wide_type(dtype)}

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
 from ...schemas import statistics_dtype
-from ...triton_common import FUSED, interpreted, next_power_of_two
+from ...triton_common import FUSED, interpreted, next_power_of_two, wide_type
 from .. import reference
 from . import router_kernels as kernels
 
@@ -45,7 +44,7 @@ def _flags(x: Tensor, gate_weight: Tensor) -> dict[str, Any]:
     return {
         "MIXED": x.dtype != gate_weight.dtype,
         "UPCAST": interpreted() and x.dtype != torch.float64,
-        "WIDE": tl.float64 if x.dtype == torch.float64 else tl.float32,
+        "WIDE": wide_type(x.dtype),
     }
 
 
