@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import subprocess
+import sys
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +15,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+
+from paths import ROOT
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,13 @@ def compile_for(
     path.write_bytes(compiled.asm["cubin"])
     (usage,) = resource_usage(path).values()
     return Resources(usage["REG"], usage["STACK"], int(compiled.metadata.shared), compiled.asm["ptx"])
+
+
+def check_resources(used: Resources, warps: int, spill: int = 0) -> None:
+    assert used.stack_bytes <= spill
+    assert used.registers * warps * 32 <= 65536
+    assert used.shared_bytes <= 100 * 1024
+    assert "tf32" not in used.ptx
 
 
 def signature_of(
@@ -122,4 +134,15 @@ def record_launches(capability: int) -> dict[str, int]:
 
     jit.JITFunction.__getitem__ = launch
     jit.JITFunction._do_compile = count
+    return found
+
+
+def launches_of(folder: Path) -> dict[str, dict[str, int]]:
+    """What `launches_ahead_of_time.py` of a folder of tests prints, in a process of its own."""
+    script = folder / "launches_ahead_of_time.py"
+    folders = (str(ROOT), str(ROOT / "tests"), str(folder), os.environ.get("PYTHONPATH", ""))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found: dict[str, dict[str, int]] = json.loads(done.stdout.splitlines()[-1])
     return found

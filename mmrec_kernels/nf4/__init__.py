@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -148,6 +149,14 @@ def _check_adapter_ids(adapter_ids: Tensor, lead: torch.Size, device: torch.devi
     return adapter_ids.to(torch.int64).expand(lead)
 
 
-library.announce("_nf4_forward", reference=reference.forward)
-library.announce("_nf4_backward", reference=reference.backward)
-library.announce("_nf4_dequantize", reference=reference.dequantize)
+def _launcher(name: str) -> Callable[[], Callable[..., Any]]:
+    def load() -> Callable[..., Any]:
+        from . import triton
+
+        return getattr(triton, name)  # type: ignore[no-any-return]
+
+    return load
+
+
+for _name in ("forward", "backward", "dequantize"):
+    library.announce(f"_nf4_{_name}", reference=getattr(reference, _name), triton=_launcher(_name))

@@ -102,6 +102,13 @@ def _may_read(adapter_ids: Tensor) -> bool:
     return adapter_ids.device.type == "cpu" or library.check_requested()
 
 
+def check_adapter_ids(adapter_ids: Tensor, count: int) -> None:
+    if adapter_ids.numel() and _may_read(adapter_ids):
+        low, high = (int(t) for t in adapter_ids.aminmax())
+        if not -1 <= low <= high < count:
+            raise ValueError(f"adapter_ids must be inside [-1, {count}), got {low} to {high}")
+
+
 def _adapters(
     lora_a: Tensor | None, scaling: float, scalings: Tensor | None, adapter_ids: Tensor | None
 ) -> list[_Adapter]:
@@ -111,11 +118,8 @@ def _adapters(
     if adapter_ids is None:
         return [_Adapter(0, scaling if scalings is None else scalings[0], None)]
     # Unread, every adapter of the stack is tried, and an id outside it matches none: it acts as -1.
-    indices: list[int] = list(range(count))
-    if _may_read(adapter_ids):
-        indices = adapter_ids.unique().tolist()
-        if indices and not -1 <= indices[0] <= indices[-1] < count:
-            raise ValueError(f"adapter_ids must be inside [-1, {count}), got {indices[0]} to {indices[-1]}")
+    check_adapter_ids(adapter_ids, count)
+    indices = adapter_ids.unique().tolist() if _may_read(adapter_ids) else list(range(count))
     return [
         _Adapter(e, scaling if scalings is None else scalings[e], (adapter_ids == e)[:, None])
         for e in indices

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +14,6 @@ from test_attention_kernel import CASES as MANY_BLOCKS
 from gpu import assert_captured
 from mmrec_kernels.attention import Segment, arguments, cross_modal_attention
 from numerics import FLOORS, errors
-from paths import ROOT
 
 triton = pytest.importorskip("triton")
 
@@ -296,12 +291,9 @@ def test_everything_at_once_compiled_ahead_of_time(name: str, rows: int, capabil
 def test_launches_compiled_ahead_of_time() -> None:
     """Every kernel, as the launchers ask for it; and 29 more ragged batches of a model, which may need other sizes of
     tiles once, but no kernel for numbers of their own."""
-    script = Path(__file__).parent / "launches_ahead_of_time.py"
-    folders = (str(ROOT), str(ROOT / "tests"), str(script.parent), os.environ.get("PYTHONPATH", ""))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    done = subprocess.run([sys.executable, str(script)], env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    from aot import launches_of
+
+    told = launches_of(Path(__file__).parent)
     assert set(told["everything"]) == {
         "table_kernel", "forward_kernel", "rows_kernel", "keys_kernel", "reference_sums_kernel", "clear_kernel",
         "norm_backward_kernel", "row_sums_kernel",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from mmrec_kernels import library, schemas
+from mmrec_kernels import library, schemas, validation
 from mmrec_kernels.nf4 import reference
 
 
@@ -16,3 +17,17 @@ def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         schemas.nf4_dequantize: reference.dequantize,
     }
     monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
+
+
+def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on they run the Triton launchers, on CPU tensors in the interpreter."""
+    from mmrec_kernels.nf4 import triton as launchers
+
+    functions = {
+        schemas.nf4_forward: launchers.forward,
+        schemas.nf4_backward: launchers.backward,
+        schemas.nf4_dequantize: launchers.dequantize,
+    }
+    monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
+    every = (*validation.GPU_DTYPES, torch.float64)
+    monkeypatch.setattr(validation, "float_dtypes", lambda device: every)

@@ -16,7 +16,7 @@ from mmrec_kernels import library, schemas
 from paths import ROOT
 
 COMPILED = ("retrieval", "infonce", "attention", "routing", "nf4")  # the ops that have C++ kernels
-INTERPRETED = ("retrieval", "infonce", "attention", "routing")  # the ops that have Triton kernels
+INTERPRETED = ("retrieval", "infonce", "attention", "routing", "nf4")  # the ops that have Triton kernels
 
 
 def run_pytest(folders: tuple[str, ...], environment: dict[str, str]) -> None:

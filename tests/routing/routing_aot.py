@@ -24,10 +24,3 @@ def compiled(
     constants = {n: v for n, v in constants.items() if n in kernel.arg_names}
     signature = signature_of(kernel, constants, rows, dtype, POINTERS)
     return compile_for(kernel, signature, constants, capability, num_warps=warps, num_stages=stages), warps
-
-
-def check_resources(used: Resources, warps: int, spill: int = 0) -> None:
-    assert used.stack_bytes <= spill
-    assert used.registers * warps * 32 <= 65536
-    assert used.shared_bytes <= 100 * 1024
-    assert "tf32" not in used.ptx

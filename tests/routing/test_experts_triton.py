@@ -5,24 +5,21 @@ In the interpreter the contract tests run on them as well (conftest.py).
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from routing_aot import DTYPES, check_resources, compiled
-from routing_providers import poison_new_memory, use_reference, use_triton
+from routing_aot import DTYPES, compiled
+from routing_providers import use_reference, use_triton
 from test_experts_kernel import given, gradients, wide
 from torch import Tensor
 
+from aot import check_resources, launches_of
 from gpu import assert_captured
 from mmrec_kernels.routing import SharedExpert, autograd, mixture_of_experts
 from numerics import errors
-from paths import ROOT
+from poison import poison_new_memory
 
 triton = pytest.importorskip("triton")
 
@@ -216,13 +213,7 @@ def test_small_kernels_compiled_ahead_of_time(name: str, capability: int) -> Non
 def test_launches_compiled_ahead_of_time() -> None:
     """Every kernel, as the launchers ask for it, in every dtype and with sizes of one, which the compiler folds; and
     batches of other numbers of tokens, which need no kernel of their own."""
-    here = Path(__file__).parent
-    folders = (str(ROOT), str(ROOT / "tests"), str(here), os.environ.get("PYTHONPATH", ""))
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    command = [sys.executable, str(here / "launches_ahead_of_time.py")]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    told = json.loads(done.stdout.splitlines()[-1])
+    told = launches_of(Path(__file__).parent)
     assert set(told["everything"]) == {
         "route_kernel", "finish_kernel", "slopes_kernel", "route_backward_kernel", "token_gradient_kernel",
         "gate_sums_kernel", "shared_gate_kernel", "count_kernel", "place_kernel", "network_kernel", "up_kernel",

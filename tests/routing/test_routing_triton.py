@@ -9,14 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from routing_aot import DTYPES, check_resources, compiled
-from routing_providers import poison_new_memory, use_reference, use_triton
+from routing_aot import DTYPES, compiled
+from routing_providers import use_reference, use_triton
 from test_routing_kernel import everything, inputs
 
+from aot import check_resources
 from gpu import assert_captured
 from mmrec_kernels.routing import route
 from mmrec_kernels.routing.router import SCORES
 from numerics import errors
+from poison import poison_new_memory
 
 triton = pytest.importorskip("triton")
 
