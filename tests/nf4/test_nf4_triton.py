@@ -130,7 +130,8 @@ def test_compiled_ahead_of_time_within_limits(
     sizes = passes.launch_sizes(name, tokens, rank, TYPES[dtype])
     precision = passes.low_precision(TYPES[dtype])
     constants: dict[str, Any] = {
-        "FORWARD": forward, "BLOCKSIZE": 64, "GROUP": min(64, sizes.get("BLOCK_C" if forward else "BLOCK_O", 64)), "WIDE": tl.float32,
+        "FORWARD": forward, "BLOCKSIZE": 64, "GROUP": min(64, sizes.get("BLOCK_C" if forward else "BLOCK_O", 64)),
+        "WIDE": tl.float32,
         "PRECISION": "ieee", "LOW_PRECISION": precision, "UPCAST": False, **sizes,
     }  # fmt: skip
     used, warps = compiled(getattr(kernels, f"{name}_kernel"), dtype, constants, capability)
