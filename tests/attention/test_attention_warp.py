@@ -12,10 +12,11 @@ from attention_oracle import CASES, EVERYTHING, FLAGS, Case, oracle
 from emulated_warp_forward import build
 from mmrec_kernels.benchmarks import attention as benchmark
 
-from mmrec_kernels import library, schemas, validation
+from mmrec_kernels import library, schemas
 from mmrec_kernels.attention import cross_modal_attention
 from numerics import FLOORS, errors
 from paths import ROOT
+from providers import serve_gpu_code
 
 HERE = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation converts float16 by x86 instructions")
 DTYPES = (torch.bfloat16, torch.float16)
@@ -37,9 +38,7 @@ def emulated(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Any]:
 @pytest.fixture
 def served(emulated: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """From here on the public function's forward is the emulated kernel."""
-    functions = {schemas.attention_forward: emulated}
-    monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
-    monkeypatch.setattr(validation, "float_dtypes", lambda device: (*validation.GPU_DTYPES, torch.float64))
+    serve_gpu_code(monkeypatch, {schemas.attention_forward: emulated})
 
 
 def narrow(case: Case, dtype: torch.dtype) -> Case:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from mmrec_kernels import library, schemas, validation
+from mmrec_kernels import schemas
 from mmrec_kernels.nf4 import reference
+from providers import serve, serve_gpu_code
 
 
 def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -16,7 +16,7 @@ def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         schemas.nf4_backward: reference.backward,
         schemas.nf4_dequantize: reference.dequantize,
     }
-    monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
+    serve(monkeypatch, functions)
 
 
 def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,6 +28,4 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         schemas.nf4_backward: launchers.backward,
         schemas.nf4_dequantize: launchers.dequantize,
     }
-    monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
-    every = (*validation.GPU_DTYPES, torch.float64)
-    monkeypatch.setattr(validation, "float_dtypes", lambda device: every)
+    serve_gpu_code(monkeypatch, functions)

@@ -12,30 +12,13 @@ from typing import Any
 import pytest
 import torch
 from nf4_providers import use_triton
-from test_nf4_kernel import eager, make, normal, run
-from torch import Tensor
+from test_nf4_kernel import assert_right, make, normal, run
 
 from gpu import assert_captured
 from mmrec_kernels.nf4 import NF4Weight, nf4_linear
-from numerics import assert_accurate, errors
 from poison import poison_new_memory
 
 triton = pytest.importorskip("triton")
-
-# y and dx beside an eager sum in the dtype; db and da in float32 beside one in float32.
-ROUNDED = ("y", "dx")
-NAMES = ("y", "dx", "dbias", "da", "db")
-
-
-def check(given: dict[str, Any], found: list[Tensor]) -> None:
-    dtype = given["x"].dtype
-    for name, one, exact, plain in zip(NAMES, found, eager(given, torch.float64), eager(given, dtype), strict=True):
-        one = one.cpu()
-        if dtype == torch.bfloat16 and name == "dbias":  # torch rounds it, the interpreter's sums have no part in it
-            assert max(errors(one, exact)) <= 2**-8
-            continue
-        assert_accurate(one, exact, plain.double(), dtype=dtype if name in ROUNDED else torch.float32)
-
 
 # Rows of W, its columns, block size, tokens, rank: several tiles of each; blocks shorter and longer than a tile; rows
 # that begin inside a byte (45 columns), columns that groups of 32 do not divide (200), ranks of several tiles.
@@ -58,7 +41,7 @@ def test_interpreted_passes_match_the_oracle(
     with monkeypatch.context() as patch:
         poison_new_memory(patch)
         found = run(given)
-    check(given, found)
+    assert_right(given, found)
 
 
 @pytest.mark.interpret
@@ -135,9 +118,7 @@ def test_compiled_ahead_of_time_within_limits(
         "PRECISION": "ieee", "LOW_PRECISION": precision, "UPCAST": False, **sizes,
     }  # fmt: skip
     used, warps = compiled(getattr(kernels, f"{name}_kernel"), dtype, constants, capability)
-    if dtype != "fp32":  # tf32 is asked for: three of them, where one is float32
-        used = dataclasses.replace(used, ptx=used.ptx.replace("tf32", ""))
-    check_resources(used, warps)
+    check_resources(used, warps, tf32=dtype != "fp32")
     if name == "linear" and dtype != "fp32":
         assert ("wgmma" if capability == 90 and sizes["BLOCK_M"] >= 64 else "mma.sync") in used.ptx
 
@@ -187,7 +168,7 @@ def test_gpu_passes_match_the_oracle(size: tuple[int, int, int, int], tokens: in
     given = make(tokens, out, width, blocksize, rank, dtype)
     found, again = run(on_gpu(given)), run(on_gpu(given))
     assert all(torch.equal(p, q) for p, q in zip(found, again, strict=True))
-    check(given, found)
+    assert_right(given, found)
 
 
 @pytest.mark.gpu

@@ -19,20 +19,18 @@ COMPILED = ("retrieval", "infonce", "attention", "routing", "nf4")  # the ops th
 INTERPRETED = ("retrieval", "infonce", "attention", "routing", "nf4")  # the ops that have Triton kernels
 
 
-def run_pytest(folders: tuple[str, ...], environment: dict[str, str]) -> None:
+def run_pytest(folders: tuple[str, ...], environment: dict[str, str]) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *(f"tests/{f}" for f in folders)]
     # Ahead-of-time tables, process groups and torch.compile take minutes and do not depend on the environment.
     command += ["-k", "not ahead_of_time and not processes and not compiles"]
     threads = {"OMP_NUM_THREADS": "1"}  # several of these run at a time; tests of thread counts set their own
-    done = subprocess.run(
+    return subprocess.run(
         command, cwd=ROOT, env={**os.environ, **threads, **environment}, capture_output=True, text=True
     )
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
 
 
 def environments() -> dict[str, tuple[tuple[str, ...], dict[str, str]]]:
-    """The runs, by name: folders of tests and the variables they run under. The longest come first."""
+    """The runs, by name: folders of tests and the variables they run under."""
     runs = {f"interpreter-{op}": ((op,), {"TRITON_INTERPRET": "1"}) for op in INTERPRETED}
     best = library.cpu_isa()
     if best != "none" and "MMREC_CPU_ISA" not in os.environ:  # otherwise it is not built, or the caller chose one
@@ -42,14 +40,11 @@ def environments() -> dict[str, tuple[tuple[str, ...], dict[str, str]]]:
 
 
 @pytest.fixture(scope="module")
-def started(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]:
+def started(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """The runs of the selected tests, all under way, as many at a time as there are processors."""
-    runs, names = (
-        environments(),
-        [item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")],
-    )
+    selected = {item.callspec.params.get("name") for item in request.session.items if hasattr(item, "callspec")}
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        yield {name: pool.submit(run_pytest, *runs[name]) for name in dict.fromkeys(names) if name in runs}
+        yield {name: pool.submit(run_pytest, *run) for name, run in environments().items() if name in selected}
         pool.shutdown(cancel_futures=True)
 
 
@@ -58,7 +53,9 @@ def started(request: pytest.FixtureRequest) -> Iterator[dict[str, Future[None]]]
 def test_in_another_environment(name, started):
     if name.startswith("interpreter"):
         pytest.importorskip("triton")
-    started[name].result()
+    done = started[name].result()
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
 
 
 @pytest.mark.skipif(library.cpu_isa() == "none", reason="_C is not built")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import pytest
-import torch
 
-from mmrec_kernels import library, schemas, validation
+from mmrec_kernels import schemas
 from mmrec_kernels.routing import reference, reference_experts
+from providers import serve, serve_gpu_code
 
 
 def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -17,7 +17,7 @@ def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
         schemas.experts_forward: reference_experts.forward,
         schemas.experts_backward: reference_experts.backward,
     }
-    monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
+    serve(monkeypatch, functions)
 
 
 def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -30,6 +30,4 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         schemas.experts_forward: launchers.experts_forward,
         schemas.experts_backward: launchers.experts_backward,
     }
-    monkeypatch.setattr(library, "call", lambda op, *args: functions[op](*args))
-    every = (*validation.GPU_DTYPES, torch.float64)
-    monkeypatch.setattr(validation, "float_dtypes", lambda device: every)
+    serve_gpu_code(monkeypatch, functions)

@@ -129,8 +129,8 @@ def linear_kernel(
 
     The rows of W are columns of `out` in the forward, and its depth in the backward. `saved` [M, r] takes P.
     """
-    row = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_o, split = tl.program_id(0) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(2)
+    row = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
+    offs_o, split = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O), tl.program_id(2)
     in_row, in_o = row < tokens, offs_o < width
     acc = tl.zeros([BLOCK_M, BLOCK_O], WIDE)
     if low_ptr is not None:
@@ -150,7 +150,7 @@ def linear_kernel(
                     acc = tl.where((ids == e)[:, None], mine, acc)
                     e = next_adapter(ids, e, num_adapters)
             if saved_ptr is not None:
-                if tl.program_id(0) == 0:
+                if tl.program_id(1) == 0:
                     for r in range(0, rank, BLOCK_R):
                         offs_r = r + tl.arange(0, BLOCK_R)
                         low = low_tile(low_ptr, row, in_row, offs_r, rank, tokens, low_splits, WIDE)
@@ -168,7 +168,7 @@ def linear_kernel(
                             GROUP, BLOCKSIZE, x.dtype, UPCAST)  # fmt: skip
             acc = dot(x, tl.trans(w), acc, PRECISION, UPCAST)
         else:
-            w = weight_tile(packed_ptr, absmax_ptr, codes, offs_c.to(tl.int64), in_c, tl.program_id(0) * BLOCK_O,
+            w = weight_tile(packed_ptr, absmax_ptr, codes, offs_c.to(tl.int64), in_c, tl.program_id(1) * BLOCK_O,
                             columns, BLOCK_C, BLOCK_O, GROUP, BLOCKSIZE, x.dtype, UPCAST)  # fmt: skip
             acc = dot(x, w, acc, PRECISION, UPCAST)
     if bias_ptr is not None:

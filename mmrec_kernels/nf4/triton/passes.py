@@ -92,7 +92,7 @@ class _Layer:
         tokens, depth = self.rows.shape
         rank = 0 if low is None else low.shape[2]
         sizes = launch_sizes("linear", tokens, rank, self.rows.dtype)
-        grid = (triton.cdiv(width, sizes["BLOCK_O"]), triton.cdiv(tokens, sizes["BLOCK_M"]))
+        grid = (triton.cdiv(tokens, sizes["BLOCK_M"]), triton.cdiv(width, sizes["BLOCK_O"]))
         splits, each = split(depth, grid[0] * grid[1], sizes["BLOCK_C"])
         out = self.rows.new_empty((tokens, width))
         wide = statistics_dtype(self.rows.dtype)
@@ -132,7 +132,7 @@ def _strides(rank: int, width: int, of_b: bool) -> tuple[int, int]:
 
 
 def low_precision(dtype: torch.dtype) -> str:
-    """Of the products with P, which stays in float32: exact to its last bits beside 16-bit rows too."""
+    """Of the products with P, which stays in float32 beside 16-bit rows too: three tf32 products are near that."""
     return "tf32x3" if dtype in (torch.bfloat16, torch.float16) else str(product_flags(dtype)["PRECISION"])
 
 
@@ -155,11 +155,18 @@ def forward(
     lora_b: Tensor | None, scaling: float, scalings: Tensor | None, adapter_ids: Tensor | None, save_lora_x: bool,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Launcher of `_nf4_forward`."""
-    if not all((*x.shape, out_features)) or (lora_a is not None and not lora_a.numel()):
+    if not all((*x.shape, out_features)):  # nothing is multiplied
         return reference.forward(
             x, packed, absmax, nested_absmax, nested_code, offset, out_features, blocksize, bias, lora_a, lora_b,
             scaling, scalings, adapter_ids, save_lora_x,
         )  # fmt: skip
+    wide = statistics_dtype(x.dtype)
+    if lora_a is not None and not lora_a.numel():  # a stack of none, or rank 0
+        if adapter_ids is not None:
+            reference.check_adapter_ids(adapter_ids, lora_a.shape[0])
+        y, lora_x = forward(x, packed, absmax, nested_absmax, nested_code, offset, out_features, blocksize, bias, None,
+                            None, 1.0, None, None, False)  # fmt: skip
+        return y, x.new_zeros((x.shape[0], lora_a.shape[1]), dtype=wide) if save_lora_x else lora_x
     count = 0 if lora_a is None else lora_a.shape[0]
     layer = _Layer(x, packed, absmax, nested_absmax, nested_code, offset, x.shape[1], blocksize, scaling, scalings,
                    adapter_ids, count)  # fmt: skip
@@ -169,7 +176,7 @@ def forward(
         if save_lora_x:
             saved = low[0] if low.shape[0] == 1 else low.new_empty(low.shape[1:])
     y = layer.product(out_features, low, lora_b, bias, None if low is None or low.shape[0] == 1 else saved, True)
-    return y, x.new_empty(0, dtype=statistics_dtype(x.dtype)) if saved is None else saved
+    return y, x.new_empty(0, dtype=wide) if saved is None else saved
 
 
 def backward(
@@ -179,11 +186,15 @@ def backward(
     need_x: bool, need_a: bool, need_b: bool, need_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Launcher of `_nf4_backward`."""
-    if not all((*dy.shape, in_features)) or (lora_a is not None and not lora_a.numel()):
+    if not all((*dy.shape, in_features)):  # nothing is multiplied
         return reference.backward(
             dy, x, packed, absmax, nested_absmax, nested_code, offset, in_features, blocksize, lora_a, lora_b, scaling,
             scalings, adapter_ids, lora_x, need_x, need_a, need_b, need_bias,
         )  # fmt: skip
+    if lora_a is not None and lora_b is not None and not lora_a.numel():
+        dx, _, _, dbias = backward(dy, None, packed, absmax, nested_absmax, nested_code, offset, in_features, blocksize,
+                                   None, None, 1.0, None, None, None, need_x, False, False, need_bias)  # fmt: skip
+        return dx, torch.empty_like(lora_a), torch.empty_like(lora_b), dbias
     count = 0 if lora_a is None else lora_a.shape[0]
     layer = _Layer(dy, packed, absmax, nested_absmax, nested_code, offset, in_features, blocksize, scaling, scalings,
                    adapter_ids, count)  # fmt: skip
