@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,8 @@ from typing import Any
 
 import torch
 
-from . import roofline, rows, runner, table
+from . import measure, table
 from .case import MODES, Case
-from .clock import clock
 
 OPS = ("attention", "infonce", "routing", "nf4", "retrieval")
 
@@ -90,13 +88,10 @@ def _where(parser: argparse.ArgumentParser, given: str, cases: Sequence[Case]) -
 def _path(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path | None:
     """Where the JSON goes. Its folder is made or found before hours of work, not after."""
     if args.json_dir is not None:
-        name = torch.cuda.get_device_name() if args.device == "cuda" else rows.environment("cpu")["cpu"]
-        folder = args.json_dir / re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            return measure.path_in(args.json_dir, args.op, args.device)
         except OSError as error:
             parser.error(f"--json-dir {args.json_dir}: {error.strerror}")
-        return folder / f"{args.op}.json"
     if args.json is not None and not args.json.parent.is_dir():
         parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
     if args.json is not None and args.json.is_dir():
@@ -131,42 +126,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.where is not None:
         cases = _where(parser, args.where, cases)
     try:
-        return _run(cases, args.device, args.seconds, path)
+        measure.measure(cases, args.device, args.seconds, path)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-
-
-def _save(report: rows.Report, path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        report.save(path)
     except OSError as error:
+        if path is None or error.filename != str(path):
+            raise
         print(f"cannot write {path}: {error.strerror or error}", file=sys.stderr)
-        raise SystemExit(1) from None
-
-
-def _run(cases: Sequence[Case], device: str, seconds: float, path: Path | None) -> int:
-    environment = rows.environment(device)  # first: measuring raises the load average
-    timer = clock(device)
-    roof = roofline.measure(device, timer, {case.compute_dtype for case in cases})
-    report = rows.Report(environment, roof)
-    print(table.header(report), flush=True)
-    try:
-        for case in cases:
-            result = runner.run(case, timer, roof, seconds)
-            report.rows += result.rows
-            report.missing += result.missing
-            report.comparisons.append(result.comparison)
-            print("\n" + table.case(result.rows, result.missing, result.comparison), flush=True)
-            _save(report, path)
-        report.complete = True
-    finally:
-        print("\n" + table.summary(report), flush=True)
-    _save(report, path)
-    if path is not None:
-        print(f"rows: {path}")
+        return 1
     return 0
 
 

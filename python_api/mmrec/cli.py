@@ -67,6 +67,13 @@ class Quantize(str, Enum):
     none = "none"
 
 
+class Device(str, Enum):
+    """What a benchmark runs on."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
 def _set_debug(context: typer.Context, wanted: bool) -> bool:
     if wanted and isinstance(context.obj, dict):
         context.obj["debug"] = True
@@ -272,6 +279,32 @@ def results(
     results_command(
         data=data, out=out, protocol=protocol.value, seeds=seeds, choices=choices, layout=layout, split_seed=split_seed,
         hold_out=hold_out, json_file=json_file,
+    )  # fmt: skip
+
+
+@app.command()
+def benchmark(
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="qwen2-0.5b, minilm, tiny; default: the first two.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Default: all of the device.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(metavar="MODE", help="forward, step; default: both.")] = None,
+    lora: Annotated[int, typer.Option(metavar="R", min=0, help="Rank of the adapters.")] = 16,
+    device: Annotated[Device, typer.Option(help="Where.")] = Device.cpu,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own choice.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time per case beyond the least number of calls.")] = 10.0,
+    json_file: JsonFile = None,
+    json_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write them to DIR/<device>/backbone.json.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Time backbones under NF4 and LoRA: with the kernels, with bitsandbytes and peft alone, and dense."""
+    from .commands.benchmark import benchmark_command
+
+    benchmark_command(
+        models=model or [], dtypes=dtype or [], modes=mode or [], rank=lora, device=device.value, threads=threads,
+        seconds=seconds, json_file=json_file, json_dir=json_dir,
     )  # fmt: skip
 
 

@@ -1,0 +1,57 @@
+"""Measures cases one after another: prints a table for each, writes all rows after each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import roofline, rows, runner, table
+from .case import Case
+from .clock import clock
+
+
+def path_in(folder: Path, name: str, device: str) -> Path:
+    """`folder/<device>/<name>.json`, the device by its own name; the folder is made."""
+    found = torch.cuda.get_device_name() if device == "cuda" else rows.environment("cpu")["cpu"]
+    folder = folder / re.sub(r"[^a-z0-9]+", "-", found.lower()).strip("-")
+    folder.mkdir(parents=True, exist_ok=True)
+    return folder / f"{name}.json"
+
+
+def measure(cases: Sequence[Case], device: str, seconds: float, path: Path | None) -> None:
+    """Runs `cases`, each for `seconds` beyond the least number of calls.
+
+    Raises:
+        OSError: `path` cannot be written; its filename is `path`.
+    """
+    environment = rows.environment(device)  # first: measuring raises the load average
+    timer = clock(device)
+    roof = roofline.measure(device, timer, {case.compute_dtype for case in cases})
+    report = rows.Report(environment, roof)
+    print(table.header(report), flush=True)
+    try:
+        for case in cases:
+            result = runner.run(case, timer, roof, seconds)
+            report.rows += result.rows
+            report.missing += result.missing
+            report.comparisons.append(result.comparison)
+            print("\n" + table.case(result.rows, result.missing, result.comparison), flush=True)
+            _save(report, path)
+        report.complete = True
+    finally:
+        print("\n" + table.summary(report), flush=True)
+    _save(report, path)
+    if path is not None:
+        print(f"rows: {path}")
+
+
+def _save(report: rows.Report, path: Path | None) -> None:
+    if path is None:
+        return
+    try:
+        report.save(path)
+    except OSError as error:  # what could not be written is a temporary file beside it
+        raise OSError(error.errno, error.strerror or str(error), str(path)) from error

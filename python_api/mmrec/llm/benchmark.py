@@ -1,0 +1,222 @@
+"""Benchmarks of whole backbones under NF4 and LoRA: swapped, as bitsandbytes and peft compute them, and dense.
+
+Cases for `mmrec_kernels.benchmarks`. `forward` is inference; `step` one training step: forward, backward and AdamW. A
+case with `cached` tokens has read so many before, and reads `tokens` more with their keys and values at hand.
+All providers hold the same decoded weights and the same adapters, so all are judged by one oracle: the dense model in
+float64 (but for what transformers itself computes in float32, its norms).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from mmrec_kernels.benchmarks.case import Case, Inputs, Provider, Work, against, generator, our_name, torch_dtype
+from torch import Tensor, nn
+
+from . import lora as lora_module
+from .extras import quiet_transformers, require
+from .loading import load_config, load_model, resolve_source
+from .quantize import dequantized, quantized_linears
+from .swap import swap_kernels
+
+Shape = dict[str, int]
+Model = Any
+
+MODES = ("forward", "step")
+DTYPES = {"cpu": ("bfloat16", "float32"), "cuda": ("bfloat16", "float16")}
+_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+_QWEN2 = {
+    "hidden_size": 896, "intermediate_size": 4864, "num_hidden_layers": 24, "num_attention_heads": 14,
+    "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768, "rope_theta": 1e6,
+}  # fmt: skip
+_TINY = _QWEN2 | {
+    "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99
+}  # fmt: skip
+
+# Texts, tokens of each, tokens read before: a user's prompt, the next token of an answer, items, a batch to learn from.
+_SHAPES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
+    "qwen2-0.5b": {"forward": [(1, 512, 0), (1, 1, 512), (8, 16, 0)], "step": [(4, 128, 0)]},
+    "minilm": {"forward": [(1, 64, 0), (32, 64, 0)], "step": [(32, 64, 0)]},
+    "tiny": {"forward": [(2, 9, 0), (1, 1, 5)], "step": [(2, 9, 0)]},
+}
+MODELS = tuple(_SHAPES)
+
+
+def cases(model: str, device: str, dtypes: Sequence[str], modes: Sequence[str], rank: int) -> list[Case]:
+    """All cases of one of `MODELS`, with adapters of `rank` on every linear layer. Weights of qwen2-0.5b and tiny are
+    random: the first has the shape of Qwen2-0.5B without its head."""
+    return [
+        _case(model, shape, device, dtype, mode, rank)
+        for dtype in dtypes
+        for mode in modes
+        for shape in _SHAPES[model][mode]
+    ]
+
+
+def _case(model: str, sizes: tuple[int, int, int], device: str, dtype: str, mode: str, rank: int) -> Case:
+    config = _config(model)
+    texts, tokens, cached = sizes
+    shape = {
+        "layers": config.num_hidden_layers, "width": config.hidden_size, "texts": texts, "tokens": tokens,
+        "cached": cached, "rank": rank,
+    }  # fmt: skip
+    return Case(
+        op="backbone", shape=shape, dtype=dtype, device=device, mode=mode,
+        work=_work(config, shape, dtype, mode), providers=_providers(device, mode),
+        inputs=lambda: _inputs(model, shape, dtype, device), judge=lambda given: against(_oracle(given, mode)),
+        compute_dtype=torch_dtype(dtype),
+    )  # fmt: skip
+
+
+def _providers(device: str, mode: str) -> tuple[Provider, ...]:
+    ours = our_name("_nf4_forward", device)
+    stock = "bitsandbytes + peft"
+    return (
+        Provider(f"{ours}, swap_kernels", partial(_run, _swapped), ours=True),
+        Provider(f"{ours}, swap_kernels, attention too", partial(_run, _swapped_attention), ours=True),
+        Provider(stock, partial(_run, _stock), module="peft"),
+        Provider("dense + peft", partial(_run, _dense), module="peft"),
+    )
+
+
+def _config(model: str) -> Any:
+    transformers = require("transformers")
+    if model == "minilm":
+        return load_config(resolve_source(None)[1])
+    return transformers.Qwen2Config(**(_QWEN2 if model == "qwen2-0.5b" else _TINY))
+
+
+def _work(config: Any, shape: Shape, dtype: str, mode: str) -> Work:
+    """Linear layers, adapters and attention; weights in 4.127 bits and adapters in float32, read once a pass."""
+    texts, tokens, cached = shape["texts"], shape["tokens"], shape["cached"]
+    width, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    kv_width = width // heads * getattr(config, "num_key_value_heads", heads)
+    up = [(2 * inner if hasattr(config, "num_key_value_heads") else inner, width), (width, inner)]
+    layers = [(width, width), (kv_width, width), (kv_width, width), (width, width), *up]
+    weights = config.num_hidden_layers * sum(n * k for n, k in layers)
+    adapters = config.num_hidden_layers * sum(shape["rank"] * (n + k) for n, k in layers)
+    keys = tokens + cached if not hasattr(config, "num_key_value_heads") else cached + (tokens + 1) / 2
+    attention = int(4 * config.num_hidden_layers * texts * tokens * keys * width)
+    rows = texts * tokens
+    read = int(weights * 4.127 / 8) + 4 * adapters
+    read += 2 * config.num_hidden_layers * kv_width * texts * cached * _BYTES[dtype]
+    written = rows * width * _BYTES[dtype]
+    forward = 2 * rows * (weights + adapters) + attention
+    if mode == "forward":
+        return Work(forward, read, written)
+    # Backward: the gradient of each layer's input, both of each adapter, twice attention's products. AdamW: two moments.
+    backward = 2 * rows * (weights + 2 * adapters) + 2 * attention
+    return Work(forward + backward, 2 * read + 12 * adapters, written + 12 * adapters)
+
+
+def _inputs(model: str, shape: Shape, dtype: str, device: str) -> Inputs:
+    random = generator("cpu")
+    with tempfile.TemporaryDirectory() as folder:
+        if model == "minilm":
+            source = resolve_source(None)[1]
+        else:
+            source = folder
+            torch.manual_seed(0)
+            with quiet_transformers():
+                dense = require("transformers").AutoModel.from_config(_config(model), dtype=torch_dtype(dtype))
+                dense.save_pretrained(folder)
+            del dense
+        base = load_model(
+            source, load_config(source), quantize="nf4", dtype=torch_dtype(dtype), device=torch.device(device)
+        )
+    base.name_or_path = ""  # that folder is gone
+    base.requires_grad_(False).eval()
+    rows = shape["texts"], shape["cached"] + shape["tokens"]
+    ids = torch.randint(0, base.config.vocab_size, rows, generator=random).to(device)
+    grad = torch.randn(shape["texts"], shape["tokens"], shape["width"], generator=random).to(device)
+    return {"base": base, "ids": ids, "cached": shape["cached"], "rank": shape["rank"], "grad": grad}
+
+
+def _adapted(base: Model, rank: int) -> Model:
+    if not rank:
+        return base
+    return lora_module.attach(base, lora_module.LoRAConfig(r=rank, init="random"))
+
+
+def _stock(given: Inputs) -> Model:
+    """As they come: on a processor with AVX512-BF16 the first forward in eval mode repacks the weights."""
+    return _adapted(copy.deepcopy(given["base"]), given["rank"])
+
+
+def _swapped(given: Inputs) -> Model:
+    model = _stock(given)
+    swap_kernels(model)
+    return model
+
+
+def _swapped_attention(given: Inputs) -> Model:
+    model = _stock(given)
+    swap_kernels(model, attention=True)
+    return model
+
+
+def _dense(given: Inputs) -> Model:
+    """Decoded weights in the dtype of the arithmetic, and the very adapters of the others."""
+    base = copy.deepcopy(given["base"])
+    for name, layer in quantized_linears(base).items():
+        linear = nn.Linear(layer.in_features, layer.out_features, layer.bias is not None, device="meta")
+        linear.weight = nn.Parameter(dequantized(layer).to(layer.compute_dtype), requires_grad=False)
+        linear.bias = layer.bias
+        base.set_submodule(name, linear)
+    model = _adapted(base, given["rank"])
+    if given["rank"]:
+        lora_module.set_adapter_state(model, lora_module.adapter_state(_stock(given)))
+    return model
+
+
+def _run(make: Callable[[Inputs], Model], given: Inputs, mode: str) -> Callable[[], list[Tensor]]:
+    return _call(make(given), given, mode)
+
+
+def _call(model: Model, given: Inputs, mode: str) -> Callable[[], list[Tensor]]:
+    """The last hidden states, or the gradients of the adapters."""
+    ids, cached = given["ids"], given["cached"]
+    if mode == "step":
+        return _step(model.train(), given)
+    extra: dict[str, Any] = {}
+    if hasattr(model.config, "use_cache"):
+        extra["use_cache"] = False
+    if cached:
+        with torch.no_grad():
+            extra = {"use_cache": True, "past_key_values": model(input_ids=ids[:, :cached], use_cache=True)[1]}
+
+    def forward() -> list[Tensor]:
+        with torch.no_grad():
+            out = [model(input_ids=ids[:, cached:], **extra)[0]]
+        if cached:
+            extra["past_key_values"].crop(-ids[:, cached:].shape[1])
+        return out
+
+    return forward
+
+
+def _step(model: Model, given: Inputs) -> Callable[[], list[Tensor]]:
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0  # or no two providers would compute the same
+    leaves = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(leaves, lr=0.0)  # all of its work, and the next call finds the same adapters
+
+    def step() -> list[Tensor]:
+        optimizer.zero_grad()
+        hidden = model(input_ids=given["ids"])[0]
+        hidden.backward(given["grad"].to(hidden.dtype))
+        optimizer.step()
+        return [p.grad for p in leaves if p.grad is not None]
+
+    return step
+
+
+def _oracle(given: Inputs, mode: str) -> list[Tensor]:
+    wide = given | {"grad": given["grad"].double()}
+    return _call(_dense(given).double(), wide, mode)()
