@@ -21,17 +21,18 @@ def hidden_states(backbone, text):
 
 REFERENCE = {
     "mean": lambda h: h.mean(0),
+    "weighted": lambda h: (torch.arange(1.0, len(h) + 1) / (len(h) * (len(h) + 1) / 2)) @ h,
     "last": lambda h: h[-1],
     "cls": lambda h: h[0],
 }
 
 
-@pytest.mark.parametrize("pooling", ["mean", "last", "cls"])
-@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("pooling", ["mean", "weighted", "last", "cls"])
+@pytest.mark.parametrize("layout", ["packed", "exact", "padded"])
 @pytest.mark.parametrize("normalize", [False, True])
-def test_pooled_equals_text_by_text(model_folder, texts, pooling, padding, normalize):
+def test_pooled_equals_text_by_text(model_folder, texts, pooling, layout, normalize):
     backbone = Backbone.load(model_folder, quantize=None)
-    got = backbone.encode(texts, pooling=pooling, padding=padding, normalize=normalize, batch_tokens=48).pooled
+    got = backbone.encode(texts, pooling=pooling, layout=layout, normalize=normalize, batch_tokens=48).pooled
     want = torch.stack([REFERENCE[pooling](hidden_states(backbone, text)) for text in texts])
     if normalize:
         want = want / want.norm(dim=1, keepdim=True)
@@ -39,11 +40,11 @@ def test_pooled_equals_text_by_text(model_folder, texts, pooling, padding, norma
     torch.testing.assert_close(got, want, atol=2e-6, rtol=1e-5)
 
 
-@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize("layout", ["packed", "exact", "padded"])
 @pytest.mark.parametrize("budget", [None, 1, 3])
-def test_tokens_equal_text_by_text(model_folder, texts, padding, budget):
+def test_tokens_equal_text_by_text(model_folder, texts, layout, budget):
     backbone = Backbone.load(model_folder, quantize=None)
-    got = backbone.encode(texts, pooling="tokens", token_budget=budget, padding=padding, batch_tokens=48)
+    got = backbone.encode(texts, pooling="tokens", token_budget=budget, layout=layout, batch_tokens=48)
     want = [hidden_states(backbone, text)[:budget] for text in texts]
     assert (got.offsets[1:] - got.offsets[:-1]).tolist() == [len(w) for w in want]
     torch.testing.assert_close(got.values, torch.cat(want), atol=2e-6, rtol=1e-5)
@@ -92,36 +93,64 @@ def test_company_changes_at_most_rounding(model_folder, texts):
     torch.testing.assert_close(backbone.encode(texts).pooled, alone, atol=2e-6, rtol=1e-5)
 
 
-def test_padding_rows_are_never_read():
-    hidden = torch.randn(2, 3, 4)
-    hidden[0, 2] = float("nan")
-    mask = torch.tensor([[1, 1, 0], [1, 1, 1]])
+def test_pooling_reads_the_rows_of_each_text_only():
+    hidden = torch.randn(7, 4)
+    hidden[0] = hidden[6] = float("nan")
     for pooling, want in REFERENCE.items():
-        got = pool(hidden, mask, pooling)
-        torch.testing.assert_close(got, torch.stack([want(hidden[0, :2]), want(hidden[1])]))
+        got = pool(hidden, torch.tensor([1, 3, 6]), pooling)
+        torch.testing.assert_close(got, torch.stack([want(hidden[1:3]), want(hidden[3:6])]))
+        half = pool(hidden.bfloat16(), torch.tensor([1, 3, 6]), pooling)
+        assert half.dtype == torch.float32
+        torch.testing.assert_close(half, torch.stack([want(h.bfloat16().float()) for h in (hidden[1:3], hidden[3:6])]))
+
+
+@pytest.mark.parametrize("pooling", list(REFERENCE))
+def test_pooling_is_differentiable(pooling):
+    hidden = torch.randn(6, 3, dtype=torch.float64, requires_grad=True)
+    offsets = torch.tensor([0, 1, 6])
+    wanted = torch.stack([REFERENCE[pooling](h.float()) for h in (hidden[:1], hidden[1:])])
+    (expected,) = torch.autograd.grad(wanted.square().sum(), hidden)
+    (found,) = torch.autograd.grad(pool(hidden, offsets, pooling).square().sum(), hidden)
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+
+
+def test_padding_rows_are_never_read(monkeypatch, bert):
+    backbone = Backbone.load(bert, quantize=None, kernels=False)
+    real = backbone.model.forward
+
+    def poisoned(input_ids, attention_mask, **others):
+        found = real(input_ids=input_ids, attention_mask=attention_mask, **others)
+        found.last_hidden_state[attention_mask == 0] = float("nan")
+        return found
+
+    expected = backbone.encode(["red", "blue green big"], layout="padded").pooled
+    monkeypatch.setattr(backbone.model, "forward", poisoned)
+    assert torch.equal(backbone.encode(["red", "blue green big"], layout="padded").pooled, expected)
 
 
 def test_plan_batches_respects_budget_and_length():
     lengths = [3, 5, 0, 5, 3, 9, 5, 1]
-    exact = plan_batches(lengths, 10, padding=False)
-    assert exact == [[5], [1, 3], [6], [0, 4], [7]]
-    padded = plan_batches(lengths, 10, padding=True)
-    assert padded == [[5], [1, 3], [6, 0], [4, 7]]
-    assert plan_batches([50], 10, padding=True) == [[0]]
+    assert plan_batches(lengths, 10, "exact") == [[5], [1, 3], [6], [0, 4], [7]]
+    assert plan_batches(lengths, 10, "padded") == [[5], [1, 3], [6, 0], [4, 7]]
+    assert plan_batches(lengths, 10, "packed") == [[5], [1, 3], [6, 0], [4, 7]]
+    assert plan_batches(lengths, 13, "packed") == [[5], [1, 3], [6, 0, 4, 7]]
+    assert plan_batches([50], 10, "padded") == plan_batches([50], 10, "packed") == [[0]]
+    assert plan_batches([], 10, "packed") == []
 
 
 def test_gradient_reaches_adapter_and_equals_padding_free(model_folder, texts):
     backbone = Backbone.load(model_folder, lora={"r": 4, "init": "random"})
     grads = []
-    for padding in (True, False):
+    for layout in ("padded", "exact", "packed"):
         for parameter in backbone.trainable_parameters():
             parameter.grad = None
-        pooled = backbone.encode(texts, requires_grad=True, padding=padding, batch_tokens=60).pooled
+        pooled = backbone.encode(texts, requires_grad=True, layout=layout, batch_tokens=60).pooled
         (pooled * torch.linspace(-1, 1, pooled.numel()).view_as(pooled)).sum().backward()
         grads.append([parameter.grad.clone() for parameter in backbone.trainable_parameters()])
-    for a, b in zip(*grads, strict=True):
+    for a, *others in zip(*grads, strict=True):
         assert a.abs().max() > 0
-        torch.testing.assert_close(a, b, atol=2e-5 * float(a.abs().max()), rtol=1e-4)
+        for b in others:
+            torch.testing.assert_close(a, b, atol=2e-5 * float(a.abs().max()), rtol=1e-4)
 
 
 def test_inference_leaves_mode_and_graph_alone(bert, texts):
@@ -138,7 +167,7 @@ def test_interruption_restores_mode(bert, texts, monkeypatch):
     def interrupt(*args, **kwargs):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(backbone, "forward_tokens", interrupt)
+    monkeypatch.setattr(backbone, "forward_rows", interrupt)
     with pytest.raises(KeyboardInterrupt):
         backbone.encode(texts)
     assert backbone.training

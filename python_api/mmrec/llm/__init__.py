@@ -6,6 +6,8 @@ from .cache import CacheWriteError, EmbeddingCache
 from .encoded import Encoded
 from .experts import kernel_experts, register_experts, unregister_experts
 from .lora import LoRAConfig
+from .packed import Prefix
+from .soft_prompt import SoftPrompt
 from .swap import Swap, SwappedLayer, swap_kernels
 from .vision import VisionEncoder
 
@@ -15,6 +17,8 @@ __all__ = [
     "EmbeddingCache",
     "Encoded",
     "LoRAConfig",
+    "Prefix",
+    "SoftPrompt",
     "Swap",
     "SwappedLayer",
     "VisionEncoder",

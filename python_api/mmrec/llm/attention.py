@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mmrec_kernels import Segment, cross_modal_attention
 
 from .extras import require
+from .packed import KEYWORD, attend, check_window
 
 __all__ = ["kernel_attention", "register_attention", "unregister_attention"]
 
@@ -97,6 +98,13 @@ def _attention(
             "set the model's attention dropout to 0"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    packed = others.get(KEYWORD)
+    if packed is not None:
+        if s_aux is not None or query.shape[0] != 1:
+            raise ValueError(f"attention {_NAME!r} takes packed texts in one row and without sinks")
+        causal = causal and getattr(getattr(module, "config", None), "is_causal", True)
+        check_window(module, packed, others.get("sliding_window"))
+        return attend(module, query, key, value, packed, causal=causal, scale=scaling), None
     present = None
     if attention_mask is not None:
         causal = attention_mask.ndim == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,12 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from . import lora as lora_module
-from .encode import encode_texts
+from .attention import _implementations, register_attention
+from .encode import check_texts, encode_texts, offsets_of, tokenize
 from .encoded import Encoded
 from .fingerprint import ModelHash, combine, tokenizer_hash
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import LoRAConfig
+from .packed import Prefix, packed_forward, padded_forward, why_not_packed, without_cache
 from .quantize import dequantized, keep_unpacked, quantized_linears
+from .soft_prompt import Ids, SoftPrompt
 from .swap import Swap, swap_kernels
 
 if TYPE_CHECKING:
@@ -36,7 +40,7 @@ class Backbone:
         max_length: tokens kept per text, special tokens included.
         hidden_size: width d of the vectors.
         dtype: dtype of the dense weights and of the arithmetic in quantised layers.
-        swap: what computes with this package's kernels, or None where bitsandbytes and peft compute themselves.
+        swap: what computes linear layers with this package's kernels, or None where bitsandbytes and peft, or torch do.
     """
 
     def __init__(
@@ -52,6 +56,8 @@ class Backbone:
         self.dtype = dtype
         self.hidden_size: int = model.config.get_text_config().hidden_size
         self._base_hash = ModelHash()
+        self._own_attention: Any = None
+        self._why_not_packed: str | None = "its attention is not that of the kernels"
         model.requires_grad_(False)
         model.eval()
 
@@ -78,8 +84,10 @@ class Backbone:
             dtype: dense weights and compute dtype; None means float32 on CPU, bfloat16 elsewhere.
             max_length: tokens kept per text; None means what the model states, at most 512.
             device: where the model lives.
-            kernels: whether quantised layers and their adapters compute with `nf4_linear` (see `swap_kernels`). None:
-                on CPU, where it is compiled.
+            kernels: whether quantised layers and their adapters compute with `nf4_linear` (see `swap_kernels`), and
+                attention with `cross_modal_attention`, which takes packed texts and prefixes. None: on CPU, where they
+                are compiled. A model whose attention they cannot take keeps its own (`why_not_packed` says why), and
+                so does one with attention dropout while it trains.
 
         Raises:
             ImportError: a package of the extra is missing; the message holds the pip command.
@@ -99,10 +107,13 @@ class Backbone:
         model = load_model(source, config, quantize=quantize, dtype=dtype, device=device)
         length = usable_length(source, model.config, tokenizer, max_length)
         backbone = cls(model, tokenizer, name=name, quantize=quantize, max_length=length, dtype=dtype)
+        kernels = device.type == "cpu" if kernels is None else kernels
         if quantize:
             keep_unpacked(model)
-            if device.type == "cpu" if kernels is None else kernels:
+            if kernels:
                 backbone.swap = swap_kernels(model)
+        if kernels:
+            backbone._take_attention()
         if adapter is not None:
             backbone._attach(adapter)
         return backbone
@@ -120,6 +131,9 @@ class Backbone:
     def train(self, mode: bool = True) -> Backbone:
         """Switch dropout on (the adapter's and the model's own) or off; returns self."""
         self.model.train(mode)
+        if self._own_attention is not None:
+            own = mode and attention_dropout(self.model.config) > 0
+            self.model.set_attn_implementation(self._own_attention if own else "mmrec")
         return self
 
     def eval(self) -> Backbone:
@@ -148,22 +162,29 @@ class Backbone:
         token_budget: int | None = None,
         progress: bool = True,
         requires_grad: bool = False,
-        padding: bool | None = None,
+        layout: str | None = None,
+        soft_prompt: SoftPrompt | None = None,
+        soft_ids: Mapping[str, Ids] | None = None,
+        prefix: Prefix | None = None,
+        prefix_ids: Sequence[int] | Tensor | None = None,
         cache: EmbeddingCache | None = None,
         template_version: str = "",
     ) -> Encoded:
         """Embed texts; see `mmrec.llm.encode.encode_texts` for the arguments, the shapes and what holds bit for bit.
 
         With `cache`, vectors already in it are read and the others are computed and stored; `template_version` then
-        names the version of whatever made the texts. Not together with `requires_grad`.
+        names the version of whatever made the texts. Not together with `requires_grad`, `soft_prompt` or `prefix`.
         """
         if cache is not None and requires_grad:
             raise ValueError("cache: cached vectors carry no gradient; drop cache or requires_grad")
+        if cache is not None and (soft_prompt is not None or prefix is not None):
+            raise ValueError("cache: its keys do not hold soft prompts or prefixes; drop cache or them")
 
         def compute(part: Sequence[str]) -> Encoded:
             return encode_texts(
                 self, part, pooling=pooling, normalize=normalize, batch_tokens=batch_tokens, token_budget=token_budget,
-                progress=progress, requires_grad=requires_grad, padding=padding,
+                progress=progress, requires_grad=requires_grad, layout=layout, soft_prompt=soft_prompt,
+                soft_ids=soft_ids, prefix=prefix, prefix_ids=prefix_ids,
             )  # fmt: skip
 
         if cache is None:
@@ -191,8 +212,119 @@ class Backbone:
             attention_mask = attention_mask.to(torch.int64)
             if attention_mask.device.type == "cpu" and bool((attention_mask[:, 1:] > attention_mask[:, :-1]).any()):
                 raise ValueError("attention_mask: padding must be on the right (positions are counted from the left)")
-        extra = {"use_cache": False} if getattr(self.model.config, "use_cache", None) is not None else {}
-        return self.model(input_ids=input_ids, attention_mask=attention_mask, **extra).last_hidden_state
+        return self.model(
+            input_ids=input_ids, attention_mask=attention_mask, **without_cache(self.model)
+        ).last_hidden_state
+
+    def forward_rows(
+        self,
+        offsets: Tensor,
+        *,
+        input_ids: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        layout: str = "packed",
+        prefix: Prefix | None = None,
+        counts: Tensor | None = None,
+    ) -> Tensor:
+        """Last hidden states `[T, d]` of n texts one after another, differentiable in the adapter and `inputs_embeds`.
+
+        Args:
+            offsets: int64 `[n + 1]` from 0 to T, on the CPU: text i owns rows `offsets[i]:offsets[i + 1]`, ≥ 1 each.
+            input_ids, inputs_embeds: int64 `[T]`, or `[T, d]` vectors in the model's input space; one of them.
+            layout: "packed" computes them so (not where `why_not_packed`); any other pads.
+            prefix: what the texts go on from; packed only.
+            counts: int64 `[prefixes]` on the CPU: so many texts go on from each prefix, those of the first one first.
+                None: all from the only one.
+
+        Raises:
+            ValueError: a layout or prefix that the model cannot take, or more positions than the model has.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give input_ids or inputs_embeds, not both and not neither")
+        rows = input_ids if input_ids is not None else inputs_embeds
+        assert rows is not None
+        if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.device.type != "cpu":
+            raise ValueError(f"offsets must be int64 [n + 1] on the CPU, got {offsets.dtype} on {offsets.device}")
+        if len(offsets) < 2 or int(offsets[0]) != 0 or int(offsets[-1]) != len(rows) or int(offsets.diff().min()) < 1:
+            raise ValueError(f"offsets must rise from 0 to {len(rows)} by at least 1, got {offsets[:8].tolist()}…")
+        if layout != "packed":
+            if prefix is not None:
+                raise ValueError(f"prefix: layout must be 'packed' with a prefix, got {layout!r}")
+            return padded_forward(self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds)
+        if self.why_not_packed is not None:
+            raise ValueError(f"layout: this backbone cannot take packed texts: {self.why_not_packed}")
+        if prefix is not None and counts is None and len(prefix) == 1:
+            counts = torch.tensor([len(offsets) - 1])
+        if prefix is not None and (
+            counts is None or len(counts) != len(prefix) or int(counts.sum()) != len(offsets) - 1
+        ):
+            raise ValueError(f"counts must be [{len(prefix)}] and sum to {len(offsets) - 1} texts, got {counts}")
+        return packed_forward(
+            self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=prefix, counts=counts
+        )
+
+    @property
+    def why_not_packed(self) -> str | None:
+        """Why this backbone cannot take packed texts and prefixes in its current mode, or None: it can."""
+        if self._own_attention is not None and self.model.config._attn_implementation != "mmrec":
+            return "its attention has dropout while training"
+        return self._why_not_packed
+
+    def prefix(self, texts: str | Sequence[str], *, behind: Prefix | None = None, adapter: bool = True) -> Prefix:
+        """Keys and values of texts that others go on from (`encode(prefix=…)`): a user's history before many items.
+
+        A text that goes on from a prefix sees it as if both were one text, up to rounding; the prefix is computed and
+        held once. Causal models only. Computed in eval mode without a graph.
+
+        Args:
+            texts: one or n strings, each cut to `max_length` tokens; special tokens are added (not with `behind`).
+            behind: a Prefix of as many texts that these go on from themselves: the result holds both.
+            adapter: False computes with the adapter switched off: the prefix of the base model, which any adapter may
+                go on from that was trained to act from there on only (aLoRA, arXiv:2504.12397).
+
+        Raises:
+            ValueError: a text without tokens; a model that is not causal, or `why_not_packed`.
+        """
+        texts = [texts] if isinstance(texts, str) else texts
+        check_texts(texts)
+        training = self.training
+        self.eval()
+        try:
+            if self.why_not_packed is not None:
+                raise ValueError(f"prefix: this backbone cannot take packed texts: {self.why_not_packed}")
+            ids = tokenize(self, texts, special=behind is None)
+            if not all(ids) or not ids:
+                raise ValueError("texts: a prefix must have a token, got an empty one")
+            kept: dict[int, tuple[Tensor, Tensor]] = {}
+            offsets = offsets_of([len(row) for row in ids])
+            flat = torch.tensor([token for row in ids for token in row]).to(self.device)
+            counts = None if behind is None else torch.ones(len(behind), dtype=torch.int64)
+            if counts is not None and len(counts) != len(ids):
+                raise ValueError(f"behind must have {len(ids)} texts, got {len(counts)}")
+            off = nullcontext() if adapter or self.lora is None else self.model.disable_adapter()
+            with torch.no_grad(), off:
+                packed_forward(self.model, offsets, input_ids=flat, prefix=behind, counts=counts, kept=kept)
+        finally:
+            self.train(training)
+        found = Prefix(kept, offsets.to(self.device))
+        return found if behind is None else found.behind(behind)
+
+    def soft_prompt(
+        self, tables: Mapping[str, tuple[int, int]], *, init: str | None = None, seed: int = 0
+    ) -> SoftPrompt:
+        """A `SoftPrompt` of this model's width on its device, for `encode(soft_prompt=…)`.
+
+        It starts at the embeddings of the tokens of `init`, in turn, or of tokens drawn at random from the vocabulary.
+        """
+        embed = self.model.get_input_embeddings()  # called, not indexed: some models scale what they look up
+        if init is None:
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randint(len(embed.weight), (sum(n for _, n in tables.values()),), generator=generator)
+        else:
+            chosen = torch.tensor(tokenize(self, [init], special=False)[0], dtype=torch.int64)
+            if not len(chosen):
+                raise ValueError(f"init must have a token, got {init!r}")
+        return SoftPrompt(tables, self.hidden_size, init=embed(chosen.to(self.device))).to(self.device)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """A copy on the CPU of the adapter's tensors: what a training checkpoint has to hold of the backbone."""
@@ -266,6 +398,21 @@ class Backbone:
             self.swap = swap_kernels(self.model)  # with the layers that peft has put around
         self.model.train(False)
 
+    def _take_attention(self) -> None:
+        """Lets the model attend with the kernel, if two short texts come out right with it, packed and not."""
+        own = _implementations(self.model.config)
+        register_attention()
+        try:
+            self.model.set_attn_implementation("mmrec")
+        except ValueError as error:
+            self._why_not_packed = str(error)
+            return
+        self._why_not_packed = why_not_packed(self.model, own, self.max_length)
+        if self._why_not_packed is None:
+            self._own_attention = own
+        else:
+            self.model.set_attn_implementation(own)
+
     def _need_adapter(self, method: str) -> bool:
         if self.lora is None:
             raise ValueError(f"{method}: this backbone has no LoRA adapter; load it with lora=…")
@@ -292,3 +439,9 @@ class Backbone:
             linear.bias = inner.bias
             merged[name] = linear
         return merged
+
+
+def attention_dropout(config: Any) -> float:
+    """The probability that a model drops weights of its attention with while training."""
+    text = config.get_text_config()
+    return max(float(getattr(text, name, 0) or 0) for name in ("attention_dropout", "attention_probs_dropout_prob"))

@@ -109,7 +109,7 @@ def _work(config: Any, shape: Shape, dtype: str, mode: str) -> Work:
     forward = 2 * rows * (weights + adapters) + attention
     if mode == "forward":
         return Work(forward, read, written)
-    # Backward: the gradient of each layer's input, both of each adapter, twice attention's products. AdamW: two moments.
+    # Backward: each layer's dx, both gradients of each adapter, twice attention's products. AdamW has two moments.
     backward = 2 * rows * (weights + 2 * adapters) + 2 * attention
     return Work(forward + backward, 2 * read + 12 * adapters, written + 12 * adapters)
 

@@ -1,28 +1,40 @@
-"""Texts to vectors: batching by length, pooling, progress.
+"""Texts to vectors: batching, pooling, progress.
 
-What holds for the bits of a row (inference, one machine, one thread count): the result does not depend on the order
-of the texts, on duplicates among them, or on the progress bar; texts of different token counts never share a batch, so
-no row sees padding. Rows may still differ in the last bits between calls whose batches hold other numbers of texts of
-that length, as the matrix product splits its work by row count (docs/backbone.md has measurements).
+A batch is laid out in one of three ways: packed (one row, no padding, any lengths; `.packed`), exact (texts of one
+length, no padding) or padded on the right. What holds for the bits of a row (inference, one machine, one thread
+count, packed or exact): the result does not depend on the order of the texts, on duplicates among them, or on the
+progress bar, and no row sees padding. Rows may still differ in the last bits between calls whose batches hold other
+numbers of tokens, as the matrix product splits its work by row count (docs/backbone.md has measurements).
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .encoded import Encoded
+from .packed import Prefix
 
 if TYPE_CHECKING:
     from .backbone import Backbone
+    from .soft_prompt import Ids, SoftPrompt
 
-POOLINGS = ("mean", "last", "cls", "tokens")
+LAYOUTS = ("packed", "exact", "padded")
+POOLINGS = ("mean", "weighted", "last", "cls", "tokens")
 _TOKENIZE_CHUNK = 4096
+
+
+class _Job(NamedTuple):
+    """A distinct text: its tokens, which vectors of a soft prompt come before it, which prefix it goes on from."""
+
+    tokens: tuple[int, ...]
+    soft: tuple[int, ...] = ()
+    prefix: int = 0
 
 
 def encode_texts(
@@ -35,35 +47,56 @@ def encode_texts(
     token_budget: int | None = None,
     progress: bool = True,
     requires_grad: bool = False,
-    padding: bool | None = None,
+    layout: str | None = None,
+    soft_prompt: SoftPrompt | None = None,
+    soft_ids: Mapping[str, Ids] | None = None,
+    prefix: Prefix | None = None,
+    prefix_ids: Sequence[int] | Tensor | None = None,
 ) -> Encoded:
     """Embed `texts` with `backbone`.
 
     Args:
         texts: n strings; longer ones are cut to `backbone.max_length` tokens.
         pooling: "mean" over all tokens, special ones included (sentence-transformers' mean with attention mask);
-            "last" token (causal LMs); "cls", the first token; "tokens": every token's vector.
+            "weighted": the mean in which token i of a text has weight i + 1 (SGPT, Muennighoff 2022, arXiv:2202.08904);
+            "last" token (causal LMs); "cls", the first token; "tokens": every token's vector. Vectors of a soft prompt
+            and of a prefix are not pooled.
         normalize: divide each vector by max(its L2 norm, 1e-12).
-        batch_tokens: upper bound on tokens per forward, padding included; a longer single text is its own batch.
+        batch_tokens: upper bound on tokens per forward, padding and soft prompts included; a longer single text is its
+            own batch.
         token_budget: with "tokens", keep only the first so many vectors of each text (the model still reads all).
         progress: show a bar on stderr, if that is a terminal.
-        requires_grad: keep the graph to the adapter; runs in the backbone's current mode (dropout in training mode).
-            Otherwise the backbone runs in eval mode without a graph and its mode is restored, also after Ctrl-C.
-        padding: let texts of different lengths share a batch, padded on the right. None means only for
-            `requires_grad`, where few large batches matter more than bits.
+        requires_grad: keep the graph to the adapter and the soft prompt; runs in the backbone's current mode (dropout
+            in training mode). Otherwise the backbone runs in eval mode without a graph and its mode is restored, also
+            after Ctrl-C.
+        layout: "packed", "exact" or "padded" batches. None: packed where the backbone can, else exact, and for
+            `requires_grad`, where few large batches matter more than bits, padded.
+        soft_prompt: its vectors come before each text's tokens, by `soft_ids` (see `SoftPrompt.forward`).
+        prefix: what each text goes on from (`Backbone.prefix`): it sees the prefix's tokens, and its own positions
+            begin behind them. Special tokens are then not added to the texts.
+        prefix_ids: which of several prefixes, `[n]`. None: the only one.
 
     Returns:
         Encoded: `pooled [n, d]` float32, or `values [sum_len, d]` in the backbone's dtype with `offsets [n + 1]`.
         On the CPU without `requires_grad`, on the backbone's device with it. A text without any token (an empty
         string, where the tokenizer adds no special tokens) has a zero vector, or no token vectors.
+
+    Raises:
+        TypeError, ValueError: an argument out of range, `prefix` or a packed layout where `backbone.why_not_packed`.
     """
-    _check(texts, pooling, batch_tokens, token_budget)
-    ids = _tokenize(backbone, texts)
-    padding = requires_grad if padding is None else padding
-    settings = (pooling, normalize, batch_tokens, token_budget, progress, padding)
+    _check(texts, pooling, batch_tokens, token_budget, layout)
+    if (prefix is not None or layout == "packed") and backbone.why_not_packed is not None:
+        name = "prefix" if prefix is not None else "layout"
+        raise ValueError(f"{name}: this backbone cannot take packed texts: {backbone.why_not_packed}")
+    if prefix is not None and layout not in (None, "packed"):
+        raise ValueError(f"layout must be None or 'packed' with a prefix, got {layout!r}")
+    jobs = _jobs(backbone, texts, soft_prompt, soft_ids, prefix, prefix_ids)
+    if layout is None:
+        layout = "packed" if backbone.why_not_packed is None else "padded" if requires_grad else "exact"
+    settings = (pooling, normalize, batch_tokens, token_budget, progress, layout, soft_prompt, prefix)
     if requires_grad:
-        return _run(backbone, ids, *settings, grad=True)
-    unique, index = _deduplicate(ids)
+        return _run(backbone, jobs, *settings, grad=True)
+    unique, index = _deduplicate(jobs)
     training = backbone.training
     backbone.eval()
     try:
@@ -71,58 +104,71 @@ def encode_texts(
             found = _run(backbone, unique, *settings, grad=False)
     finally:
         backbone.train(training)
-    return found if len(unique) == len(ids) and index == list(range(len(ids))) else found.select(torch.tensor(index))
+    return found if len(unique) == len(jobs) and index == list(range(len(jobs))) else found.select(torch.tensor(index))
 
 
-def pool(hidden: Tensor, mask: Tensor, pooling: str) -> Tensor:
-    """Pool right-padded hidden states `[B, L, d]` under `mask [B, L]` (≥ 1 token per row) to float32 `[B, d]`."""
-    hidden = hidden.float()
+def pool(hidden: Tensor, offsets: Tensor, pooling: str) -> Tensor:
+    """Pool the rows of each text, `hidden [T, d]` by `offsets` int64 `[n + 1]` (≥ 1 row each), to float32 `[n, d]`.
+
+    Rows outside `[offsets[0], offsets[n])` are not read.
+    """
     if pooling == "cls":
-        return hidden[:, 0]
-    lengths = mask.sum(1)
+        return hidden.index_select(0, offsets[:-1]).float()
     if pooling == "last":
-        return hidden.gather(1, (lengths - 1).view(-1, 1, 1).expand(-1, 1, hidden.shape[2])).squeeze(1)
-    # where, not a product: what padding rows hold must not matter, NaN included.
-    kept = torch.where(mask.unsqueeze(2).bool(), hidden, hidden.new_zeros(()))
-    return kept.sum(1) / lengths.unsqueeze(1)
+        return hidden.index_select(0, offsets[1:] - 1).float()
+    first, end = int(offsets[0]), int(offsets[-1])
+    hidden, offsets = hidden[first:end].float(), offsets - first
+    lengths = offsets.diff()
+    if pooling == "weighted":
+        place = torch.arange(1, end - first + 1, device=hidden.device) - offsets[:-1].repeat_interleave(lengths)
+        hidden = hidden * place.unsqueeze(1)
+        lengths = lengths * (lengths + 1) // 2
+    return torch.segment_reduce(hidden, "sum", offsets=offsets, unsafe=True) / lengths.unsqueeze(1)
 
 
-def plan_batches(lengths: Sequence[int], batch_tokens: int, padding: bool) -> list[list[int]]:
-    """Group positions of nearly (`padding`) or exactly equal length, longest first, ≤ `batch_tokens` per group.
+def plan_batches(lengths: Sequence[int], batch_tokens: int, layout: str) -> list[list[int]]:
+    """Group positions, longest first, ≤ `batch_tokens` per group: of one length (exact), or with the padding that their
+    lengths ask for (padded), or without any (packed).
 
     The given order of equal lengths is kept. Empty texts are in no group.
     """
     order = sorted((i for i, n in enumerate(lengths) if n > 0), key=lambda i: -lengths[i])
     batches: list[list[int]] = []
+    tokens = longest = 0
     for i in order:
-        longest = lengths[batches[-1][0]] if batches else 0
-        fits = bool(batches) and (len(batches[-1]) + 1) * longest <= batch_tokens
-        if fits and (padding or longest == lengths[i]):
+        if layout == "packed":
+            fits = tokens + lengths[i] <= batch_tokens
+        else:
+            fits = (len(batches[-1]) + 1) * longest <= batch_tokens if batches else False
+            fits = fits and (layout == "padded" or longest == lengths[i])
+        if batches and fits:
             batches[-1].append(i)
+            tokens += lengths[i]
         else:
             batches.append([i])
+            tokens = longest = lengths[i]
     return batches
 
 
 def _run(
-    backbone: Backbone, ids: list[list[int]], pooling: str, normalize: bool, batch_tokens: int,
-    token_budget: int | None, progress: bool, padding: bool, *, grad: bool,
+    backbone: Backbone, jobs: list[_Job], pooling: str, normalize: bool, batch_tokens: int, token_budget: int | None,
+    progress: bool, layout: str, soft_prompt: SoftPrompt | None, prefix: Prefix | None, *, grad: bool,
 ) -> Encoded:  # fmt: skip
-    device = backbone.device
-    home = device if grad else torch.device("cpu")
-    batches = plan_batches([len(row) for row in ids], batch_tokens, padding)
+    home = backbone.device if grad else torch.device("cpu")
+    soft = 0 if soft_prompt is None else soft_prompt.length
+    batches = plan_batches([len(job.tokens) + soft if job.tokens else 0 for job in jobs], batch_tokens, layout)
+    batches = [sorted(batch, key=lambda i: jobs[i].prefix) for batch in batches]
     pieces: list[Tensor] = []
     with progress_bar("texts", sum(map(len, batches)), progress) as advance:
         for batch in batches:
-            input_ids, mask = _pad([ids[i] for i in batch], device)
-            hidden = backbone.forward_tokens(input_ids, None if bool(mask.all()) else mask)
-            if pooling == "tokens":
-                kept = mask.bool()
-                if token_budget is not None:
-                    kept[:, token_budget:] = False
-                piece = hidden[kept.to(device)]
+            hidden, offsets = _hidden(backbone, [jobs[i] for i in batch], layout, soft_prompt, prefix)
+            if pooling != "tokens":
+                piece = pool(hidden, offsets, pooling)
+            elif token_budget is None:
+                piece = hidden
             else:
-                piece = pool(hidden, mask.to(device), pooling)
+                place = torch.arange(len(hidden), device=hidden.device)
+                piece = hidden[place - offsets[:-1].repeat_interleave(offsets.diff()) < token_budget]
             if normalize:
                 piece = piece / piece.norm(dim=1, keepdim=True).clamp_min(1e-12)
             pieces.append(piece.to(home))
@@ -130,57 +176,121 @@ def _run(
     dtype = backbone.dtype if pooling == "tokens" else torch.float32
     empty = torch.zeros(0, backbone.hidden_size, dtype=dtype, device=home)
     found = torch.cat([empty, *pieces])
-    return _restore(found, [i for batch in batches for i in batch], ids, pooling, token_budget)
+    return _restore(found, [i for batch in batches for i in batch], jobs, pooling, token_budget)
 
 
-def _restore(found: Tensor, order: list[int], ids: list[list[int]], pooling: str, token_budget: int | None) -> Encoded:
+def _hidden(
+    backbone: Backbone, jobs: list[_Job], layout: str, soft_prompt: SoftPrompt | None, prefix: Prefix | None
+) -> tuple[Tensor, Tensor]:
+    """Last hidden states of the texts' own tokens, `[T, d]`, and their offsets `[n + 1]`, on the backbone's device."""
+    device = backbone.device
+    ids = torch.tensor([token for job in jobs for token in job.tokens], dtype=torch.int64).to(device)
+    offsets = offsets_of([len(job.tokens) for job in jobs])
+    counts = None if prefix is None else torch.bincount(torch.tensor([j.prefix for j in jobs]), minlength=len(prefix))
+    if soft_prompt is None:
+        hidden = backbone.forward_rows(offsets, input_ids=ids, layout=layout, prefix=prefix, counts=counts)
+        return hidden, offsets.to(device)
+    before = soft_prompt(torch.tensor([job.soft for job in jobs], dtype=torch.int64))
+    embedded = backbone.model.get_input_embeddings()(ids)
+    own, longer = _behind(offsets, soft_prompt.length)
+    rows = embedded.new_empty(int(longer[-1]), embedded.shape[1])
+    is_own = torch.zeros(len(rows), dtype=torch.bool)
+    is_own[own] = True
+    rows = rows.index_copy(0, own.to(device), embedded)
+    rows = rows.index_copy(0, (~is_own).nonzero().squeeze(1).to(device), before.flatten(0, 1).to(embedded))
+    hidden = backbone.forward_rows(longer, inputs_embeds=rows, layout=layout, prefix=prefix, counts=counts)
+    return hidden.index_select(0, own.to(device)), offsets.to(device)
+
+
+def _behind(offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Where the rows of `offsets` are once `length` rows stand before each text, and the longer texts' offsets."""
+    longer = offsets + length * torch.arange(len(offsets))
+    lengths = offsets.diff()
+    return torch.arange(int(offsets[-1])) + length * torch.arange(1, len(offsets)).repeat_interleave(lengths), longer
+
+
+def offsets_of(lengths: Sequence[int]) -> Tensor:
+    """int64 `[n + 1]` from 0."""
+    offsets = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    torch.cumsum(torch.tensor(lengths, dtype=torch.int64), 0, out=offsets[1:])
+    return offsets
+
+
+def _restore(found: Tensor, order: list[int], jobs: list[_Job], pooling: str, token_budget: int | None) -> Encoded:
     # `found` holds the non-empty texts in batch order; the empty ones are appended at its end, then all are put back.
-    empty = [i for i, row in enumerate(ids) if not row]
-    back = torch.empty(len(ids), dtype=torch.int64)
-    back[torch.tensor(order + empty, dtype=torch.int64)] = torch.arange(len(ids))
+    empty = [i for i, job in enumerate(jobs) if not job.tokens]
+    back = torch.empty(len(jobs), dtype=torch.int64)
+    back[torch.tensor(order + empty, dtype=torch.int64)] = torch.arange(len(jobs))
     if pooling != "tokens":
         zeros = found.new_zeros(len(empty), found.shape[1])
         return Encoded(pooled=torch.cat([found, zeros])).select(back)
     budget = token_budget if token_budget is not None else sys.maxsize
-    lengths = torch.tensor([min(len(ids[i]), budget) for i in order + empty], dtype=torch.int64)
-    offsets = torch.zeros(len(ids) + 1, dtype=torch.int64)
-    torch.cumsum(lengths, 0, out=offsets[1:])
+    offsets = offsets_of([min(len(jobs[i].tokens), budget) for i in order + empty])
     return Encoded(values=found, offsets=offsets.to(found.device)).select(back)
 
 
-def _pad(rows: list[list[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    # The mask stays on the CPU so that asking whether it is full costs no synchronisation. The id under padding is
-    # arbitrary but must exist: 0 does in every vocabulary.
-    longest = max(map(len, rows))
-    mask = torch.arange(longest).unsqueeze(0) < torch.tensor([len(row) for row in rows]).unsqueeze(1)
-    input_ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], dtype=torch.int64)
-    return input_ids.to(device), mask
-
-
-def _deduplicate(ids: list[list[int]]) -> tuple[list[list[int]], list[int]]:
+def _deduplicate(jobs: list[_Job]) -> tuple[list[_Job], list[int]]:
     # Sorting by content makes the batches, hence the bits, a function of the set of texts alone.
-    unique = sorted({tuple(row) for row in ids})
-    position = {row: i for i, row in enumerate(unique)}
-    return [list(row) for row in unique], [position[tuple(row)] for row in ids]
+    unique = sorted(set(jobs))
+    position = {job: i for i, job in enumerate(unique)}
+    return unique, [position[job] for job in jobs]
 
 
-def _tokenize(backbone: Backbone, texts: Sequence[str]) -> list[list[int]]:
+def _jobs(
+    backbone: Backbone, texts: Sequence[str], soft_prompt: SoftPrompt | None, soft_ids: Mapping[str, Ids] | None,
+    prefix: Prefix | None, prefix_ids: Sequence[int] | Tensor | None,
+) -> list[_Job]:  # fmt: skip
+    ids = tokenize(backbone, texts, special=prefix is None)
+    soft: list[list[int]] = [[]] * len(ids)
+    if soft_prompt is not None:
+        soft_prompt.check_width(backbone.hidden_size)
+        soft = soft_prompt.rows(len(ids), soft_ids).tolist()
+    elif soft_ids is not None:
+        raise ValueError("soft_ids go with soft_prompt, got them without one")
+    chosen = _prefix_ids(len(ids), prefix, prefix_ids)
+    return [_Job(tuple(row), tuple(s), p) for row, s, p in zip(ids, soft, chosen, strict=True)]
+
+
+def _prefix_ids(n: int, prefix: Prefix | None, given: Sequence[int] | Tensor | None) -> list[int]:
+    if prefix is None:
+        if given is not None:
+            raise ValueError("prefix_ids go with prefix, got them without one")
+        return [0] * n
+    if given is None:
+        if len(prefix) != 1:
+            raise ValueError(f"prefix_ids must be given where there are {len(prefix)} prefixes")
+        return [0] * n
+    ids = given.tolist() if isinstance(given, Tensor) else [int(i) for i in given]
+    if len(ids) != n or not all(0 <= i < len(prefix) for i in ids):
+        raise ValueError(f"prefix_ids must be {n} integers in [0, {len(prefix)}), got {ids[:8]}")
+    return ids
+
+
+def tokenize(backbone: Backbone, texts: Sequence[str], *, special: bool) -> list[list[int]]:
+    """Token ids of each text, at most `backbone.max_length`, with the tokenizer's special tokens or without."""
     ids: list[list[int]] = []
     for start in range(0, len(texts), _TOKENIZE_CHUNK):
         batch = backbone.tokenizer(
             list(texts[start : start + _TOKENIZE_CHUNK]), truncation=True, max_length=backbone.max_length,
-            padding=False, return_attention_mask=False, return_token_type_ids=False,
+            padding=False, return_attention_mask=False, return_token_type_ids=False, add_special_tokens=special,
         )  # fmt: skip
         ids.extend(batch["input_ids"])
     return ids
 
 
-def _check(texts: Sequence[str], pooling: str, batch_tokens: int, token_budget: int | None) -> None:
+def check_texts(texts: Sequence[str]) -> None:
+    """Raises TypeError unless `texts` is a sequence of strings."""
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of str, got one str; write [text]")
     for i, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(f"texts[{i}] must be a str, got {type(text).__name__}")
+
+
+def _check(texts: Sequence[str], pooling: str, batch_tokens: int, token_budget: int | None, layout: str | None) -> None:
+    check_texts(texts)
+    if layout not in (None, *LAYOUTS):
+        raise ValueError(f"layout must be one of {LAYOUTS} or None, got {layout!r}")
     if pooling not in POOLINGS:
         raise ValueError(f"pooling must be one of {POOLINGS}, got {pooling!r}")
     if batch_tokens < 1:

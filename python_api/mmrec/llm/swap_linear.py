@@ -80,31 +80,39 @@ def adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
 
 def why_not(layer: Any, names: list[str], *, mixed: bool = False) -> Reason:
     """Why peft's own forward has to compute these adapters of a layer in its current mode, or None."""
-    if _is_watched(layer.base_layer):
+    # Asked at every call of every layer: modules are taken from where nn.Module keeps them, past its slow __getattr__.
+    modules = layer._modules
+    base = modules["base_layer"]
+    if _is_watched(base):
         return "its base layer has hooks, which only a call of that layer runs: computed by peft"
     for name in names:
-        if _is_watched(layer.lora_A[name]) or _is_watched(layer.lora_B[name]):
+        lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
+        if _is_watched(lora_a) or _is_watched(lora_b):
             return f"adapter {name!r} has hooks, which only a call of its layers runs: computed by peft"
         if name in layer.lora_variant:
             return f"adapter {name!r} is {type(layer.lora_variant[name]).__name__}: computed by peft"
-        dropout = layer.lora_dropout[name]
-        if layer.training and not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 0.0) > 0:
-            return f"adapter {name!r} has dropout {dropout.p} while training: computed by peft"
-        if layer.lora_B[name].bias is not None:
+        if layer.training:
+            dropout = modules["lora_dropout"]._modules[name]
+            if not isinstance(dropout, nn.Identity) and getattr(dropout, "p", 0.0) > 0:
+                return f"adapter {name!r} has dropout {dropout.p} while training: computed by peft"
+        if lora_b.bias is not None:
             return f"adapter {name!r} has a bias: computed by peft"
-        if layer.lora_A[name].weight.device != layer.base_layer.weight.device:
+        if lora_a.weight.device != base.weight.device:
             return f"adapter {name!r} is on another device than its layer: computed by peft"
+    if not mixed:
+        return None
     ranks = {layer.lora_A[name].weight.shape[0] for name in names}
-    if mixed and len(ranks) > 1:
+    if len(ranks) > 1:
         return f"adapters of one batch have ranks {sorted(ranks)}: computed by peft"
-    if mixed and torch.is_grad_enabled() and layer.training:
+    if torch.is_grad_enabled() and layer.training:
         return "several adapters in a batch are for inference: computed by peft"
     return None
 
 
 def _is_watched(module: nn.Module) -> bool:
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(hooks)
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
 
 
 def _compute_dtype(layer: Any, x: Tensor) -> torch.dtype:

@@ -1,0 +1,230 @@
+"""Texts in one row, and texts that go on from a shared prefix: against the same texts one by one and whole."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from swap_models import relative
+
+from mmrec.llm import Backbone, Prefix, packed
+from mmrec.llm.encode import tokenize
+
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("peft")
+
+HISTORY = "red shoe blue hat green film star war"
+ITEMS = ["new phone", "old", "small hat with red star and blue war film", "big night"]
+
+
+def whole(backbone: Backbone, *texts: str) -> torch.Tensor:
+    """Hidden states of the last text behind the others, by one plain forward of the model's own attention."""
+    ids = [tokenize(backbone, [text], special=i == 0)[0] for i, text in enumerate(texts)]
+    backbone.model.set_attn_implementation("sdpa")
+    try:
+        with torch.no_grad():
+            hidden = backbone.model(input_ids=torch.tensor([sum(ids, [])])).last_hidden_state[0]
+    finally:
+        backbone.eval()
+    return hidden[-len(ids[-1]) :].float()
+
+
+def tokens_of(backbone: Backbone, texts: list[str], **arguments: object) -> list[torch.Tensor]:
+    found = backbone.encode(texts, pooling="tokens", **arguments)
+    return [found.item(i).float() for i in range(len(texts))]
+
+
+@pytest.mark.parametrize("lora", [None, {"r": 4, "init": "random"}])
+@pytest.mark.parametrize("quantize", [None, "nf4"])
+def test_texts_go_on_from_a_prefix(qwen2, quantize, lora):
+    backbone = Backbone.load(qwen2, quantize=quantize, lora=lora)
+    prefix = backbone.prefix(HISTORY)
+    assert prefix.lengths.tolist() == [len(tokenize(backbone, [HISTORY], special=True)[0])]
+    assert (
+        prefix.nbytes == 2 * 2 * int(prefix.lengths) * 2 * 16 * 4
+    )  # layers, key and value, tokens, heads, width, float
+    for batch_tokens in (4096, 8):
+        for item, found in zip(
+            ITEMS, tokens_of(backbone, ITEMS, prefix=prefix, batch_tokens=batch_tokens), strict=True
+        ):
+            assert relative(found, whole(backbone, HISTORY, item)) < 2e-6
+
+
+def test_a_prefix_in_bfloat16_is_no_further_off_than_the_whole_text(qwen2):
+    exact = Backbone.load(qwen2, quantize=None)
+    backbone = Backbone.load(qwen2, quantize=None, dtype=torch.bfloat16)
+    found = torch.cat(tokens_of(backbone, ITEMS, prefix=backbone.prefix(HISTORY)))
+    stock = torch.cat([whole(backbone, HISTORY, item) for item in ITEMS])
+    wanted = torch.cat([whole(exact, HISTORY, item) for item in ITEMS])
+    assert relative(found, wanted) < 2 * relative(stock, wanted)
+
+
+def test_several_prefixes_in_one_call(qwen2):
+    backbone = Backbone.load(qwen2, quantize=None)
+    users = [HISTORY, "old film", "blue"]
+    prefix = backbone.prefix(users)
+    chosen = [2, 0, 2, 0]  # none goes on from the second one
+    for item, user, found in zip(
+        ITEMS, chosen, tokens_of(backbone, ITEMS, prefix=prefix, prefix_ids=chosen), strict=True
+    ):
+        assert relative(found, whole(backbone, users[user], item)) < 2e-6
+    same = backbone.encode(["old", "old"], prefix=prefix, prefix_ids=torch.tensor([0, 1]), pooling="last").pooled
+    assert not torch.equal(same[0], same[1])
+
+
+def test_a_prefix_behind_a_prefix(qwen2):
+    backbone = Backbone.load(qwen2, quantize=None)
+    users, contexts = [HISTORY, "old film", "blue"], ["big", "night star war", "green hat"]
+    prefix = backbone.prefix(contexts, behind=backbone.prefix(users))
+    for i in range(3):
+        (found,) = tokens_of(backbone, ["small phone"], prefix=prefix, prefix_ids=[i])
+        assert relative(found, whole(backbone, users[i], contexts[i], "small phone")) < 2e-6
+    with pytest.raises(ValueError, match="behind must have 1 texts, got 3"):
+        backbone.prefix("red", behind=prefix)
+
+
+def test_a_prefix_is_not_copied_per_text(qwen2, monkeypatch):
+    backbone = Backbone.load(qwen2, quantize=None)
+    prefix = backbone.prefix(HISTORY)
+    real, seen = packed.cross_modal_attention, []
+
+    def spy(query, segments, *args, **kwargs):
+        seen.append((len(query), segments[0].key.data_ptr(), len(segments[0].key)))
+        return real(query, segments, *args, **kwargs)
+
+    monkeypatch.setattr(packed, "cross_modal_attention", spy)
+    backbone.encode(ITEMS, prefix=prefix)
+    tokens = sum(len(row) for row in tokenize(backbone, ITEMS, special=False))
+    for layer in (0, 1):
+        key = prefix.layers[layer][0]
+        assert (tokens, key.data_ptr(), len(key)) in seen
+
+
+def test_a_prefix_without_the_adapter(qwen2):
+    """aLoRA: what comes before the invocation is the base model's, whatever the adapter."""
+    backbone = Backbone.load(qwen2, lora={"r": 4, "init": "random"})
+    with_adapter, without = backbone.prefix(HISTORY), backbone.prefix(HISTORY, adapter=False)
+    plain = Backbone.load(qwen2).prefix(HISTORY)
+    for layer, (key, value) in without.layers.items():
+        assert torch.equal(key, plain.layers[layer][0]) and torch.equal(value, plain.layers[layer][1])
+        assert not torch.equal(value, with_adapter.layers[layer][1])
+
+
+def test_gradients_through_packed_texts_that_go_on_from_a_prefix(qwen2):
+    backbone = Backbone.load(qwen2, quantize=None, lora={"r": 4, "init": "random"})
+    prefix = backbone.prefix(HISTORY, adapter=False)
+    weight = torch.linspace(-1, 1, len(ITEMS) * 64).view(-1, 64)
+    leaves = backbone.trainable_parameters()
+    pooled = backbone.encode(ITEMS, prefix=prefix, pooling="mean", requires_grad=True).pooled
+    found = torch.autograd.grad((pooled * weight).sum(), leaves)
+
+    def by_cache(item: str) -> torch.Tensor:
+        from transformers import DynamicCache
+
+        cache = DynamicCache(config=backbone.model.config)
+        for layer, pair in prefix.layers.items():
+            cache.update(*(x.transpose(0, 1).unsqueeze(0) for x in pair), layer)
+        ids = torch.tensor(tokenize(backbone, [item], special=False))
+        return backbone.model(input_ids=ids, past_key_values=cache, use_cache=True).last_hidden_state[0].mean(0)
+
+    backbone.model.set_attn_implementation("sdpa")
+    wanted = torch.autograd.grad((torch.stack([by_cache(item) for item in ITEMS]) * weight).sum(), leaves)
+    for a, b in zip(found, wanted, strict=True):
+        assert b.abs().max() > 0
+        torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max()), rtol=1e-4)
+
+
+def test_it_is_the_default_where_it_can_be(qwen2, bert):
+    for folder in (qwen2, bert):
+        assert Backbone.load(folder).why_not_packed is None
+        stock = Backbone.load(folder, kernels=False)
+        assert stock.model.config._attn_implementation == "sdpa"
+        assert stock.why_not_packed == "its attention is not that of the kernels"
+        with pytest.raises(ValueError, match="layout: this backbone cannot take packed texts"):
+            stock.encode(["red"], layout="packed")
+        with pytest.raises(ValueError, match="prefix: this backbone cannot take packed texts"):
+            stock.prefix("red")
+
+
+def test_encoders_have_no_prefix(bert):
+    with pytest.raises(ValueError, match="not causal"):
+        Backbone.load(bert).prefix("red")
+
+
+def test_attention_dropout_while_training_is_the_models_own(bert):
+    backbone = Backbone.load(bert)
+    assert backbone.model.config.attention_probs_dropout_prob > 0
+    assert backbone.train().why_not_packed == "its attention has dropout while training"
+    pooled = [backbone.encode(["red hat"], requires_grad=True).pooled for _ in range(2)]
+    assert not torch.equal(*pooled)
+    assert backbone.eval().why_not_packed is None
+
+
+def test_models_that_cannot_be_packed_keep_their_attention(qwen2, monkeypatch):
+    def deaf(**arguments):
+        arguments.pop(packed.KEYWORD, None)
+        return real(**arguments)
+
+    def no_positions(**arguments):
+        arguments["position_ids"] = None
+        return real(**arguments)
+
+    for broken, reason in ((deaf, "takes padding masks"), (no_positions, "two short texts packed differ")):
+        backbone = Backbone.load(qwen2, kernels=False, quantize=None)
+        real = backbone.model.forward
+        monkeypatch.setattr(backbone.model, "forward", broken)
+        backbone._take_attention()
+        assert reason in backbone.why_not_packed
+        assert backbone.model.config._attn_implementation == "sdpa"
+        assert backbone.encode(ITEMS).pooled.isfinite().all()
+
+
+def test_a_window_shorter_than_the_texts_is_refused(tmp_path, save_byte_tokenizer):
+    config = transformers.MistralConfig(
+        vocab_size=384, hidden_size=64, intermediate_size=96, num_hidden_layers=1, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=64, sliding_window=24,
+    )  # fmt: skip
+    transformers.MistralModel(config).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    assert "its sliding window is 24, texts have up to 64 tokens" in Backbone.load(tmp_path).why_not_packed
+    backbone = Backbone.load(tmp_path, max_length=16)
+    assert backbone.why_not_packed is None
+    prefix = backbone.prefix("?" * 16)
+    assert backbone.encode(["?" * 8], prefix=prefix).pooled.isfinite().all()
+    with pytest.raises(ValueError, match="sliding window of MistralAttention, 24, got one of 25 tokens"):
+        backbone.encode(["?" * 9], prefix=prefix)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ({"prefix_ids": [0]}, "prefix_ids go with prefix"),
+        ({"layout": "ragged"}, "layout must be one of"),
+        ({"soft_ids": {"user": 0}}, "soft_ids go with soft_prompt"),
+    ],
+)
+def test_bad_arguments(qwen2, arguments, words):
+    with pytest.raises(ValueError, match=words):
+        Backbone.load(qwen2, quantize=None).encode(["red"], **arguments)
+
+
+def test_bad_prefixes(qwen2):
+    backbone = Backbone.load(qwen2, quantize=None)
+    prefix = backbone.prefix(["red", "blue"])
+    assert isinstance(prefix, Prefix) and len(prefix) == 2
+    for arguments, words in (
+        ({}, "prefix_ids must be given where there are 2 prefixes"),
+        ({"prefix_ids": [2]}, r"prefix_ids must be 1 integers in \[0, 2\), got \[2\]"),
+        ({"prefix_ids": [0, 1]}, "prefix_ids must be 1 integers"),
+        ({"prefix_ids": [0], "layout": "padded"}, "layout must be None or 'packed' with a prefix"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            backbone.encode(["old"], prefix=prefix, **arguments)
+    with pytest.raises(ValueError, match="a prefix must have a token"):
+        backbone.prefix(["red", ""])
+    with pytest.raises(ValueError, match="more positions than the model has, 64"):
+        backbone.encode(["?" * 33], prefix=backbone.prefix("?" * 32))
+    offsets = torch.tensor([0, 2])
+    with pytest.raises(ValueError, match=r"counts must be \[2\] and sum to 1 texts"):
+        backbone.forward_rows(offsets, input_ids=torch.tensor([1, 2]), prefix=prefix)
+    with pytest.raises(ValueError, match="offsets must rise from 0 to 3"):
+        backbone.forward_rows(offsets, input_ids=torch.tensor([1, 2, 3]))
