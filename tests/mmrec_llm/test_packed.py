@@ -33,9 +33,11 @@ def tokens_of(backbone: Backbone, texts: list[str], **arguments: object) -> list
     return [found.item(i).float() for i in range(len(texts))]
 
 
+@pytest.mark.parametrize("cascade_below", [0, 100])
 @pytest.mark.parametrize("lora", [None, {"r": 4, "init": "random"}])
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_texts_go_on_from_a_prefix(qwen2, quantize, lora):
+def test_texts_go_on_from_a_prefix(qwen2, quantize, lora, cascade_below, monkeypatch):
+    monkeypatch.setattr(packed, "_CASCADE_BELOW", cascade_below)
     backbone = Backbone.load(qwen2, quantize=quantize, lora=lora)
     prefix = backbone.prefix(HISTORY)
     assert prefix.lengths.tolist() == [len(tokenize(backbone, [HISTORY], special=True)[0])]
@@ -58,7 +60,9 @@ def test_a_prefix_in_bfloat16_is_no_further_off_than_the_whole_text(qwen2):
     assert relative(found, wanted) < 2 * relative(stock, wanted)
 
 
-def test_several_prefixes_in_one_call(qwen2):
+@pytest.mark.parametrize("cascade_below", [0, 100])
+def test_several_prefixes_in_one_call(qwen2, cascade_below, monkeypatch):
+    monkeypatch.setattr(packed, "_CASCADE_BELOW", cascade_below)
     backbone = Backbone.load(qwen2, quantize=None)
     users = [HISTORY, "old film", "blue"]
     prefix = backbone.prefix(users)
@@ -94,9 +98,10 @@ def test_a_prefix_is_not_copied_per_text(qwen2, monkeypatch):
     monkeypatch.setattr(packed, "cross_modal_attention", spy)
     backbone.encode(ITEMS, prefix=prefix)
     tokens = sum(len(row) for row in tokenize(backbone, ITEMS, special=False))
+    backbone.encode(["?", "!"], prefix=prefix)  # of one token each: by cascade
     for layer in (0, 1):
         key = prefix.layers[layer][0]
-        assert (tokens, key.data_ptr(), len(key)) in seen
+        assert {(n, key.data_ptr(), len(key)) for n in (tokens, 2)} <= set(seen)
 
 
 def test_a_prefix_without_the_adapter(qwen2):
@@ -109,7 +114,9 @@ def test_a_prefix_without_the_adapter(qwen2):
         assert not torch.equal(value, with_adapter.layers[layer][1])
 
 
-def test_gradients_through_packed_texts_that_go_on_from_a_prefix(qwen2):
+@pytest.mark.parametrize("cascade_below", [0, 100])
+def test_gradients_through_packed_texts_that_go_on_from_a_prefix(qwen2, cascade_below, monkeypatch):
+    monkeypatch.setattr(packed, "_CASCADE_BELOW", cascade_below)
     backbone = Backbone.load(qwen2, quantize=None, lora={"r": 4, "init": "random"})
     prefix = backbone.prefix(HISTORY, adapter=False)
     weight = torch.linspace(-1, 1, len(ITEMS) * 64).view(-1, 64)

@@ -241,7 +241,7 @@ def test_attention_and_experts_come_and_go():
     expected = output_of(model, inputs)
     with swap_kernels(model, attention=True, experts=True) as swap:
         assert model.config._attn_implementation == model.config._experts_implementation == "mmrec"
-        assert [layer.part for layer in swap.report()] == ["attention", "experts"]
+        assert [layer.part for layer in swap.report()] == ["norm"] * 5 + ["attention", "experts"]
         assert_close(output_of(model, inputs), expected)
     assert (model.config._attn_implementation, model.config._experts_implementation) == (attention, experts)
     assert torch.equal(output_of(model, inputs), expected)

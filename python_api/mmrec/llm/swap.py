@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from torch import nn
 
-from . import swap_linear
+from . import swap_blocks, swap_linear
 from .attention import _implementations, register_attention
 from .experts import register_experts
 from .extras import require
@@ -20,6 +20,12 @@ from .extras import require
 __all__ = ["Swap", "SwappedLayer", "swap_kernels"]
 
 _NAME = "mmrec"
+_FOREIGN = "its forward was replaced by something else (a hook, another patch): left as it is"
+_BLOCKS = {
+    "norm": (swap_blocks.is_norm, swap_blocks.refuse_norm, swap_blocks.norm_forward),
+    "mlp": (swap_blocks.is_mlp, swap_blocks.refuse_mlp, swap_blocks.mlp_forward),
+}
+_OURS = {swap_linear.base_forward, swap_linear.adapted_forward, *(forward for _, _, forward in _BLOCKS.values())}
 
 
 class SwappedLayer(NamedTuple):
@@ -76,7 +82,13 @@ class Swap:
 
 
 def swap_kernels(
-    model: nn.Module, *, linear: bool = True, attention: bool | None = None, experts: bool | None = None
+    model: nn.Module,
+    *,
+    linear: bool = True,
+    attention: bool | None = None,
+    experts: bool | None = None,
+    norm: bool = True,
+    mlp: bool = True,
 ) -> Swap:
     """Lets `model` compute with this package's kernels until `undo()`.
 
@@ -87,6 +99,9 @@ def swap_kernels(
             computed by peft's own forward around the swapped layer, and so is what has hooks; the report says so.
         attention: True: `cross_modal_attention` behind transformers' interface. None or False: left.
         experts: True: `mixture_of_experts` behind transformers' interface. None or False: left.
+        norm: RMSNorm keeps its input alone for the backward pass, and is one call of torch's; what is rounded twice in
+            16 bits is rounded once.
+        mlp: gated MLPs (SwiGLU) compute silu(gate) again in the backward pass instead of keeping it.
 
     Returns:
         A `Swap`, with `report()`, `undo()`, and as a context manager. Swapping twice changes nothing more. Undoing
@@ -103,6 +118,10 @@ def swap_kernels(
         unless_all_goes_well.callback(swap.undo)
         if linear:
             _swap_linear(swap)
+        if norm:
+            _swap_blocks(swap, "norm")
+        if mlp:
+            _swap_blocks(swap, "mlp")
         if attention:
             _swap_attention(swap)
         if experts:
@@ -120,8 +139,7 @@ def _swap_linear(swap: Swap) -> None:
         adapted = forward is swap_linear.adapted_forward
         part = "LoRA" if adapted else "linear"
         if any(_is_foreign(m.__dict__.get("forward")) for m in ((module, module.base_layer) if adapted else (module,))):
-            foreign = "its forward was replaced by something else (a hook, another patch): left as it is"
-            swap._layers.append(SwappedLayer(name, part, foreign))
+            swap._layers.append(SwappedLayer(name, part, _FOREIGN))
             continue
         reason = swap_linear.refuse_base(module.base_layer if adapted else module)
         if reason is None:
@@ -137,7 +155,19 @@ def _is_foreign(forward: Any) -> bool:
 
 
 def _is_ours(forward: Any) -> bool:
-    return getattr(forward, "__func__", None) in (swap_linear.base_forward, swap_linear.adapted_forward)
+    return getattr(forward, "__func__", None) in _OURS
+
+
+def _swap_blocks(swap: Swap, part: str) -> None:
+    is_one, refuse, forward = _BLOCKS[part]
+    for name, module in swap.model.named_modules():
+        if not is_one(module):
+            continue
+        reason = _FOREIGN if _is_foreign(module.__dict__.get("forward")) else refuse(module)
+        if reason is None:
+            swap._forwards.append(module)
+            module.forward = swap_linear.bound(forward, module)
+        swap._layers.append(SwappedLayer(name, part, reason))
 
 
 def _swap_attention(swap: Swap) -> None:
