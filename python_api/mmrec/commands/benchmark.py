@@ -28,6 +28,8 @@ def benchmark_command(
 
     if json_file is not None and json_dir is not None:
         raise ValueError("--json and --json-dir are two ways to say where the rows go; give one")
+    if json_file is not None and not json_file.parent.is_dir():
+        raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA torch and a visible GPU: torch.cuda.is_available() is False")
     models = _chosen("--model", models, benchmark.MODELS, [name for name in benchmark.MODELS if name != "tiny"])

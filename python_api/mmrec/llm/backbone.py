@@ -40,7 +40,7 @@ class Backbone:
         max_length: tokens kept per text, special tokens included.
         hidden_size: width d of the vectors.
         dtype: dtype of the dense weights and of the arithmetic in quantised layers.
-        swap: what computes linear layers with this package's kernels, or None where bitsandbytes and peft, or torch do.
+        swap: what was swapped to compute with this package's kernels, or None.
     """
 
     def __init__(
@@ -110,9 +110,8 @@ class Backbone:
         kernels = device.type == "cpu" if kernels is None else kernels
         if quantize:
             keep_unpacked(model)
-            if kernels:
-                backbone.swap = swap_kernels(model)
         if kernels:
+            backbone.swap = swap_kernels(model, linear=bool(quantize))
             backbone._take_attention()
         if adapter is not None:
             backbone._attach(adapter)
@@ -395,7 +394,7 @@ class Backbone:
         self.model = lora_module.attach(self.model, config)
         self.lora = config
         if self.swap is not None:
-            self.swap = swap_kernels(self.model)  # with the layers that peft has put around
+            self.swap = swap_kernels(self.model, linear=bool(self.quantize))  # with the layers that peft has put around
         self.model.train(False)
 
     def _take_attention(self) -> None:

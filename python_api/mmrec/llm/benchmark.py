@@ -1,7 +1,8 @@
 """Benchmarks of whole backbones under NF4 and LoRA: swapped, as bitsandbytes and peft compute them, and dense.
 
 Cases for `mmrec_kernels.benchmarks`. `forward` is inference; `step` one training step: forward, backward and AdamW. A
-case with `cached` tokens has read so many before, and reads `tokens` more with their keys and values at hand.
+case with `cached` tokens has read so many before, and reads `tokens` more with their keys and values at hand: one text
+goes on from its own; several go on from the same ones, which stock transformers repeats for each of them at each call.
 All providers hold the same decoded weights and the same adapters, so all are judged by one oracle: the dense model in
 float64 (but for what transformers itself computes in float32, its norms).
 """
@@ -21,7 +22,8 @@ from torch import Tensor, nn
 from . import lora as lora_module
 from .extras import quiet_transformers, require
 from .loading import load_config, load_model, resolve_source
-from .quantize import dequantized, quantized_linears
+from .packed import Prefix, packed_forward, without_cache
+from .quantize import dequantized, keep_unpacked, quantized_linears
 from .swap import swap_kernels
 
 Shape = dict[str, int]
@@ -38,11 +40,12 @@ _TINY = _QWEN2 | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99
 }  # fmt: skip
 
-# Texts, tokens of each, tokens read before: a user's prompt, the next token of an answer, items, a batch to learn from.
+# Texts, tokens of each, tokens read before: a user's prompt, the next token of an answer, items to rank for a user, a
+# batch to learn from.
 _SHAPES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
-    "qwen2-0.5b": {"forward": [(1, 512, 0), (1, 1, 512), (8, 16, 0)], "step": [(4, 128, 0)]},
+    "qwen2-0.5b": {"forward": [(1, 512, 0), (1, 1, 512), (64, 20, 512)], "step": [(4, 128, 0)]},
     "minilm": {"forward": [(1, 64, 0), (32, 64, 0)], "step": [(32, 64, 0)]},
-    "tiny": {"forward": [(2, 9, 0), (1, 1, 5)], "step": [(2, 9, 0)]},
+    "tiny": {"forward": [(2, 9, 0), (1, 1, 5), (3, 4, 5)], "step": [(2, 9, 0)]},
 }
 MODELS = tuple(_SHAPES)
 
@@ -67,21 +70,25 @@ def _case(model: str, sizes: tuple[int, int, int], device: str, dtype: str, mode
     }  # fmt: skip
     return Case(
         op="backbone", shape=shape, dtype=dtype, device=device, mode=mode,
-        work=_work(config, shape, dtype, mode), providers=_providers(device, mode),
+        work=_work(config, shape, dtype, mode), providers=_providers(device, dtype, mode),
         inputs=lambda: _inputs(model, shape, dtype, device), judge=lambda given: against(_oracle(given, mode)),
         compute_dtype=torch_dtype(dtype),
     )  # fmt: skip
 
 
-def _providers(device: str, mode: str) -> tuple[Provider, ...]:
+def _providers(device: str, dtype: str, mode: str) -> tuple[Provider, ...]:
     ours = our_name("_nf4_forward", device)
-    stock = "bitsandbytes + peft"
-    return (
+    found = [
         Provider(f"{ours}, swap_kernels", partial(_run, _swapped), ours=True),
-        Provider(f"{ours}, swap_kernels, attention too", partial(_run, _swapped_attention), ours=True),
-        Provider(stock, partial(_run, _stock), module="peft"),
+        Provider(f"{ours}, swap_kernels with attention", partial(_run, _swapped_attention), ours=True),
+        Provider("bitsandbytes + peft", partial(_run, _stock), module="peft"),
         Provider("dense + peft", partial(_run, _dense), module="peft"),
-    )
+    ]
+    if device == "cpu" and mode == "forward":
+        # What bitsandbytes repacks is computed in bfloat16 whatever was asked for: for float32 that is something else.
+        name = "bitsandbytes repacked for CPU inference + peft"
+        found.append(Provider(name, partial(_run, _repacked), yardstick=dtype == "float32", module="peft"))
+    return tuple(found)
 
 
 def _config(model: str) -> Any:
@@ -104,7 +111,7 @@ def _work(config: Any, shape: Shape, dtype: str, mode: str) -> Work:
     attention = int(4 * config.num_hidden_layers * texts * tokens * keys * width)
     rows = texts * tokens
     read = int(weights * 4.127 / 8) + 4 * adapters
-    read += 2 * config.num_hidden_layers * kv_width * texts * cached * _BYTES[dtype]
+    read += 2 * config.num_hidden_layers * kv_width * cached * _BYTES[dtype]
     written = rows * width * _BYTES[dtype]
     forward = 2 * rows * (weights + adapters) + attention
     if mode == "forward":
@@ -133,6 +140,7 @@ def _inputs(model: str, shape: Shape, dtype: str, device: str) -> Inputs:
     base.requires_grad_(False).eval()
     rows = shape["texts"], shape["cached"] + shape["tokens"]
     ids = torch.randint(0, base.config.vocab_size, rows, generator=random).to(device)
+    ids[:, : shape["cached"]] = ids[:1, : shape["cached"]]
     grad = torch.randn(shape["texts"], shape["tokens"], shape["width"], generator=random).to(device)
     return {"base": base, "ids": ids, "cached": shape["cached"], "rank": shape["rank"], "grad": grad}
 
@@ -144,7 +152,18 @@ def _adapted(base: Model, rank: int) -> Model:
 
 
 def _stock(given: Inputs) -> Model:
+    """bitsandbytes and peft as they come, but that weights are never repacked."""
+    base = copy.deepcopy(given["base"])
+    keep_unpacked(base)
+    return _adapted(base, given["rank"])
+
+
+def _repacked(given: Inputs) -> Model:
     """As they come: on a processor with AVX512-BF16 the first forward in eval mode repacks the weights."""
+    from bitsandbytes import functional
+
+    if not functional.has_avx512bf16():
+        raise RuntimeError("this CPU has no AVX-512 BF16")
     return _adapted(copy.deepcopy(given["base"]), given["rank"])
 
 
@@ -180,24 +199,65 @@ def _run(make: Callable[[Inputs], Model], given: Inputs, mode: str) -> Callable[
 
 def _call(model: Model, given: Inputs, mode: str) -> Callable[[], list[Tensor]]:
     """The last hidden states, or the gradients of the adapters."""
-    ids, cached = given["ids"], given["cached"]
     if mode == "step":
         return _step(model.train(), given)
-    extra: dict[str, Any] = {}
-    if hasattr(model.config, "use_cache"):
-        extra["use_cache"] = False
-    if cached:
-        with torch.no_grad():
-            extra = {"use_cache": True, "past_key_values": model(input_ids=ids[:, :cached], use_cache=True)[1]}
+    ids, cached = given["ids"], given["cached"]
+    if not cached:
+        return _inference(lambda: model(input_ids=ids, **without_cache(model))[0])
+    if len(ids) == 1:
+        return _next_token(model, ids, cached)
+    if model.config._attn_implementation == "mmrec":
+        return _behind_a_prefix(model, ids, cached)
+    return _with_repeated_cache(model, ids, cached)
 
-    def forward() -> list[Tensor]:
+
+def _inference(function: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
+    def call() -> list[Tensor]:
         with torch.no_grad():
-            out = [model(input_ids=ids[:, cached:], **extra)[0]]
-        if cached:
-            extra["past_key_values"].crop(-ids[:, cached:].shape[1])
+            return [function()]
+
+    return call
+
+
+def _cache_of(model: Model, ids: Tensor) -> Any:
+    with torch.no_grad():
+        return model(input_ids=ids, use_cache=True).past_key_values
+
+
+def _next_token(model: Model, ids: Tensor, cached: int) -> Callable[[], list[Tensor]]:
+    cache = _cache_of(model, ids[:, :cached])
+
+    def forward() -> Tensor:
+        out: Tensor = model(input_ids=ids[:, cached:], past_key_values=cache, use_cache=True)[0]
+        cache.crop(cached - ids.shape[1])  # a negative number: so many tokens less
         return out
 
-    return forward
+    return _inference(forward)
+
+
+def _with_repeated_cache(model: Model, ids: Tensor, cached: int) -> Callable[[], list[Tensor]]:
+    once = _cache_of(model, ids[:1, :cached])
+
+    def forward() -> Tensor:
+        cache = copy.deepcopy(once)
+        cache.batch_repeat_interleave(len(ids))
+        return model(input_ids=ids[:, cached:], past_key_values=cache, use_cache=True)[0]  # type: ignore[no-any-return]
+
+    return _inference(forward)
+
+
+def _behind_a_prefix(model: Model, ids: Tensor, cached: int) -> Callable[[], list[Tensor]]:
+    kept: dict[int, tuple[Tensor, Tensor]] = {}
+    with torch.no_grad():
+        packed_forward(model, torch.tensor([0, cached]), input_ids=ids[0, :cached], kept=kept)
+    prefix = Prefix(kept, torch.tensor([0, cached], device=ids.device))
+    own = ids[:, cached:]
+    offsets, counts = torch.arange(len(ids) + 1) * own.shape[1], torch.tensor([len(ids)])
+    return _inference(
+        lambda: packed_forward(model, offsets, input_ids=own.flatten(), prefix=prefix, counts=counts).view(
+            *own.shape, -1
+        )
+    )
 
 
 def _step(model: Model, given: Inputs) -> Callable[[], list[Tensor]]:

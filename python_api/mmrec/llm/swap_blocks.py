@@ -1,8 +1,9 @@
 """Forwards of RMSNorm and of gated MLPs that keep less for the backward pass; they become attributes of instances.
 
 RMSNorm (Zhang & Sennrich 2019, arXiv:1910.07467) of transformers makes half a dozen tensors, most in float32, and
-autograd keeps a copy of x in float32 (more, where the weight trains); here x itself is all that is kept. A gated MLP (SwiGLU, Shazeer 2020, arXiv:2002.05202) keeps gate, up and
-silu(gate); here the last is computed again. The arithmetic is torch's own.
+autograd keeps a copy of x in float32 (more, where the weight trains); here x itself is all that is kept. A gated MLP
+(SwiGLU, Shazeer 2020, arXiv:2002.05202) keeps gate, up and silu(gate); here the last is computed again. The arithmetic
+is torch's own.
 """
 
 from __future__ import annotations
