@@ -79,15 +79,15 @@ def _case(model: str, sizes: tuple[int, int, int], device: str, dtype: str, mode
 def _providers(device: str, dtype: str, mode: str) -> tuple[Provider, ...]:
     ours = our_name("_nf4_forward", device)
     found = [
-        Provider(f"{ours}, swap_kernels", partial(_run, _swapped), ours=True),
-        Provider(f"{ours}, swap_kernels with attention", partial(_run, _swapped_attention), ours=True),
-        Provider("bitsandbytes + peft", partial(_run, _stock), module="peft"),
-        Provider("dense + peft", partial(_run, _dense), module="peft"),
+        Provider(f"{ours}, swap_kernels", partial(_run, _swapped), _joined, ours=True),
+        Provider(f"{ours}, swap_kernels with attention", partial(_run, _swapped_attention), _joined, ours=True),
+        Provider("bitsandbytes + peft", partial(_run, _stock), _joined, module="peft"),
+        Provider("dense + peft", partial(_run, _dense), _joined, module="peft"),
     ]
     if device == "cpu" and mode == "forward":
         # What bitsandbytes repacks is computed in bfloat16 whatever was asked for: for float32 that is something else.
         name = "bitsandbytes repacked for CPU inference + peft"
-        found.append(Provider(name, partial(_run, _repacked), yardstick=dtype == "float32", module="peft"))
+        found.append(Provider(name, partial(_run, _repacked), _joined, yardstick=dtype == "float32", module="peft"))
     return tuple(found)
 
 
@@ -279,4 +279,9 @@ def _step(model: Model, given: Inputs) -> Callable[[], list[Tensor]]:
 
 def _oracle(given: Inputs, mode: str) -> list[Tensor]:
     wide = given | {"grad": given["grad"].double()}
-    return _call(_dense(given).double(), wide, mode)()
+    return _joined(given, _call(_dense(given).double(), wide, mode)())
+
+
+def _joined(given: Inputs, result: list[Tensor]) -> list[Tensor]:
+    """All gradients as one vector: by themselves those of some layers (of keys) are hardly more than what cancels."""
+    return [torch.cat([tensor.flatten() for tensor in result])]
