@@ -24,9 +24,29 @@ constexpr int64_t kPart = kHasPairs<Kind> ? 12 : 10;
 // is an order that the processor does not foresee.
 constexpr int64_t kAhead = 4096;
 
-// sums [R][M] vectors += the products of R rows and M tokens, which are [group][token][column of the group].
+// The fewest tokens of one adapter that share its rows of b: each is read once and meets their s · S in registers.
+constexpr int64_t kSharing = 4;
+
+// What the lanes' sums of some rows and tokens start from.
+template <typename Kind>
+struct Start {
+  bool is_kept;         // what `sums` has, else
+  int64_t rank;         // 0: 0; else the products of
+  LoRAFactor b;         // the adapter's [row of W][rank]
+  const float* lora_x;  // and [token][padded rank]
+  int64_t padded;
+
+  MMREC_INLINE F32 factor(int64_t n, int64_t j) const {
+    const int64_t at = n * rank + j;
+    return b.is_float32 ? load_part<float>(static_cast<const float*>(b.data) + at, rank - j)
+                        : load_part<float>(static_cast<const typename Kind::Raw*>(b.data) + at, rank - j);
+  }
+};
+
+// sums [R][M] vectors = what they start from + the products of R rows and M tokens, [group][token][column of the group].
 template <typename Kind, int R, int M>
-__attribute__((noinline)) void add_rows(const Weight& w, int64_t n, const Operand<Kind>* tokens, float* sums) {
+__attribute__((noinline)) void add_rows(const Weight& w, int64_t n, const Operand<Kind>* tokens, const Start<Kind>& start,
+                                        float* sums) {
   using Step = typename Kind::Dot::Step;
   // A chain of multiply-adds alone would wait for itself.
   constexpr int kChains = M <= 3 ? 2 : 1;
@@ -37,8 +57,25 @@ __attribute__((noinline)) void add_rows(const Weight& w, int64_t n, const Operan
   for (int r = 0; r < R; ++r) {
 #pragma GCC unroll 12
     for (int m = 0; m < M; ++m) {
-      acc[r][m][0] = load(sums + (r * M + m) * F32::kLanes);
-      if constexpr (kChains == 2) acc[r][m][1] = broadcast(0.0f);
+      for (int c = 0; c < kChains; ++c) acc[r][m][c] = broadcast(0.0f);
+    }
+  }
+  if (start.is_kept) {
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) {
+#pragma GCC unroll 12
+      for (int m = 0; m < M; ++m) acc[r][m][0] = load(sums + (r * M + m) * F32::kLanes);
+    }
+  }
+  for (int64_t j = 0; M >= kSharing && j < start.rank; j += F32::kLanes) {
+    F32 factor[R];
+#pragma GCC unroll 2
+    for (int r = 0; r < R; ++r) factor[r] = start.factor(n + r, j);
+#pragma GCC unroll 12
+    for (int m = 0; m < M; ++m) {
+      const F32 x = load(start.lora_x + m * start.padded + j);
+#pragma GCC unroll 2
+      for (int r = 0; r < R; ++r) acc[r][m][0] = fma(factor[r], x, acc[r][m][0]);
     }
   }
   // A vector of columns of each row.

@@ -74,10 +74,15 @@ class Task {
     const Weight w = weight_rows(p_.weight, begin, end, absmax_);
     if constexpr (kIsFused<Kind>) {
 #if defined(__AVX512F__)
+      Start<Kind> starts[2];
+      for (int64_t part = 0; part < parts_of<Kind>(p_.count); ++part) {
+        const int64_t first = part_begin<Kind>(p_.count, part);
+        starts[part] = start_of(first, part_begin<Kind>(p_.count, part + 1) - first);
+      }
       for (int64_t n = begin; n < end; n += 2) {
         for (int64_t part = 0; part < parts_of<Kind>(p_.count); ++part) {
           const int64_t first = part_begin<Kind>(p_.count, part), count = part_begin<Kind>(p_.count, part + 1) - first;
-          n + 1 < end ? few_rows<2>(w, n, first, count) : few_rows<1>(w, n, first, count);
+          n + 1 < end ? few_rows<2>(w, n, first, count, starts[part]) : few_rows<1>(w, n, first, count, starts[part]);
           for (int64_t r = 0; r < 2; ++r) {
             for (int64_t m = 0; m < count; m += 4) {
               F32 four[4];
@@ -147,19 +152,29 @@ class Task {
   }
 
 #if defined(__AVX512F__)
+  // Of `count` tokens.
+  Start<Kind> start_of(int64_t first, int64_t count) const {
+    if (p_.rank == 0) return {};
+    const int64_t adapter = p_.adapters[first], padded = padded_rank<T>(p_.rank);
+    bool is_shared = adapter >= 0 && count >= kSharing;
+    for (int64_t m = 1; m < count; ++m) is_shared = is_shared && p_.adapters[first + m] == adapter;
+    if (!is_shared) return {true, 0, {}, nullptr, 0};
+    return {false, p_.rank, {p_.b.of(adapter, sizeof(Raw)), p_.b.is_float32, 0}, p_.lora_x + first * padded, padded};
+  }
+
   // The lanes' sums of R rows and some tokens, in start_.
   template <int R>
-  void few_rows(const Weight& w, int64_t n, int64_t first, int64_t count) {
-    for (int64_t r = 0; r < R; ++r) find_adapter_terms(n + r, first, count, start_ + r * count * kLanes);
+  void few_rows(const Weight& w, int64_t n, int64_t first, int64_t count, const Start<Kind>& start) {
+    for (int64_t r = 0; start.is_kept && r < R; ++r) find_adapter_terms(n + r, first, count, start_ + r * count * kLanes);
     const Operand<Kind>* const tokens = static_cast<const Operand<Kind>*>(p_.tokens) + first * padded_columns(p_.weight.columns);
     switch (count) {
 #define MMREC_CASE(M) \
-  case M: return add_rows<Kind, R, M>(w, n, tokens, start_);
+  case M: return add_rows<Kind, R, M>(w, n, tokens, start, start_);
       MMREC_CASE(1) MMREC_CASE(2) MMREC_CASE(3) MMREC_CASE(4) MMREC_CASE(5) MMREC_CASE(6) MMREC_CASE(7) MMREC_CASE(8)
       MMREC_CASE(9) MMREC_CASE(10)
 #undef MMREC_CASE
-      case 11: if constexpr (kPart<Kind> >= 12) return add_rows<Kind, R, 11>(w, n, tokens, start_); break;
-      case 12: if constexpr (kPart<Kind> >= 12) return add_rows<Kind, R, 12>(w, n, tokens, start_); break;
+      case 11: if constexpr (kPart<Kind> >= 12) return add_rows<Kind, R, 11>(w, n, tokens, start, start_); break;
+      case 12: if constexpr (kPart<Kind> >= 12) return add_rows<Kind, R, 12>(w, n, tokens, start, start_); break;
       default: break;
     }
   }
@@ -167,9 +182,7 @@ class Task {
 
   // The adapters' terms of row n and `count` tokens, a vector for each that is still to be added up; 0 where there is none.
   void find_adapter_terms(int64_t n, int64_t first, int64_t count, T* out) const {
-    if (p_.rank == 0) {
-      for (int64_t m = 0; m < count; ++m) store(out + m * kLanes, broadcast(T(0)));
-    } else if (p_.b.is_float32) {
+    if (p_.b.is_float32) {
       add_adapter_terms(static_cast<const float*>(p_.b.data), n, first, count, out);
     } else {
       add_adapter_terms(static_cast<const Raw*>(p_.b.data), n, first, count, out);
