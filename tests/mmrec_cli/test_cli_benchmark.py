@@ -22,7 +22,8 @@ def test_a_tiny_backbone(mmrec, tmp_path):
     assert content["complete"]
     shapes = {tuple(row["shape"].values()): row["mode"] for row in content["rows"]}
     assert shapes == {
-        (2, 64, 2, 9, 0, 4): "step", (2, 64, 1, 1, 5, 4): "forward", (2, 64, 3, 4, 5, 4): "forward",
+        (2, 64, 2, 9, 9, 0, 4): "step", (2, 64, 1, 1, 1, 5, 4): "forward", (2, 64, 3, 4, 4, 5, 4): "forward",
+        (2, 64, 4, 4, 7, 0, 4): "forward",
     }  # fmt: skip
     assert {row["mode"] for row in content["rows"]} == {"forward", "step"}
     stock: dict[tuple, dict] = {}

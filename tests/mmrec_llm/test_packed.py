@@ -114,6 +114,29 @@ def test_a_prefix_without_the_adapter(qwen2):
         assert not torch.equal(value, with_adapter.layers[layer][1])
 
 
+def test_a_prefix_of_the_base_model_is_that_of_alora(qwen2):
+    """Against peft's aLoRA over the whole text, where the items' text begins with the invocation."""
+    import peft
+
+    backbone = Backbone.load(qwen2, quantize=None, lora={"r": 4, "init": "random"})
+    invocation = tokenize(backbone, ["now"], special=False)[0]
+    config = peft.LoraConfig(
+        r=4, lora_alpha=8, target_modules="all-linear", task_type="CAUSAL_LM", alora_invocation_tokens=invocation
+    )
+    model = peft.get_peft_model(transformers.Qwen2ForCausalLM.from_pretrained(qwen2), config).eval()
+    state = {k.replace("model.layers", "model.model.layers"): v for k, v in backbone.adapter_state_dict().items()}
+    loaded = peft.set_peft_model_state_dict(model, state)
+    assert not loaded.unexpected_keys
+    text = [tokenize(backbone, [part], special=False)[0] for part in (HISTORY, "now small phone")]
+    assert text[1][: len(invocation)] == invocation
+    with torch.no_grad():
+        whole = model(input_ids=torch.tensor([sum(text, [])]), output_hidden_states=True).hidden_states[-1][0]
+    (found,) = tokens_of(backbone, ["now small phone"], prefix=backbone.prefix(HISTORY, adapter=False))
+    assert relative(found, whole[len(text[0]) :]) < 2e-6
+    (other,) = tokens_of(backbone, ["now small phone"], prefix=backbone.prefix(HISTORY))
+    assert relative(other, whole[len(text[0]) :]) > 1e-2
+
+
 @pytest.mark.parametrize("cascade_below", [0, 100])
 def test_gradients_through_packed_texts_that_go_on_from_a_prefix(qwen2, cascade_below, monkeypatch):
     monkeypatch.setattr(packed, "_CASCADE_BELOW", cascade_below)

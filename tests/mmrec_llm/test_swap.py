@@ -180,6 +180,32 @@ def test_several_adapters_in_a_batch(load):
             output_of(model, inputs | {"adapter_names": names[:2]})
 
 
+def test_an_adapter_that_acts_from_its_invocation_on(load, calls):
+    """aLoRA: found in the middle, at the end, and not at all; forward and gradients, and in the kernel."""
+    model, inputs = load("qwen2", 4, alora_invocation_tokens=[95, 96], task_type="CAUSAL_LM"), inputs_of("qwen2")
+    inputs["input_ids"][0, 3:5] = inputs["input_ids"][2, 7:9] = torch.tensor([95, 96])
+
+    def run() -> list[Tensor]:
+        model.zero_grad()
+        out = output_of(model, inputs)
+        out.square().sum().backward()
+        return [out.detach(), *(p.grad for p in model.parameters() if p.grad is not None)]
+
+    expected = run()
+    swap = swap_kernels(model)
+    assert all(layer.reason is None for layer in swap.report()), str(swap)
+    found = run()
+    assert len(found) == len(expected) == 1 + 2 * 14
+    for one, other in zip(found, expected, strict=True):
+        assert_close(one, other)
+    assert len(calls) == 14 and all(calls)
+    inputs["input_ids"].clamp_(max=90)  # never invoked: the base model, and gradients of zero
+    nowhere = run()
+    with model.disable_adapter():
+        assert_close(nowhere[0], output_of(model, inputs).detach())
+    assert all(not gradient.any() for gradient in nowhere[1:])
+
+
 def test_copies_are_swapped_and_independent(load):
     model, inputs = load("qwen2", 4), inputs_of("qwen2")
     expected = output_of(model, inputs)

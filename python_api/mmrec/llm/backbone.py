@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,12 +11,12 @@ from torch import Tensor, nn
 
 from . import lora as lora_module
 from .attention import _implementations, register_attention
-from .encode import check_texts, encode_texts, offsets_of, tokenize
+from .encode import encode_prefix, encode_texts, tokenize
 from .encoded import Encoded
 from .fingerprint import ModelHash, combine, tokenizer_hash
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import LoRAConfig
-from .packed import Prefix, packed_forward, padded_forward, why_not_packed, without_cache
+from .packed import Prefix, check_rows, packed_forward, padded_forward, why_not_packed, without_cache
 from .quantize import dequantized, keep_unpacked, quantized_linears
 from .soft_prompt import Ids, SoftPrompt
 from .swap import Swap, swap_kernels
@@ -238,26 +237,13 @@ class Backbone:
         Raises:
             ValueError: a layout or prefix that the model cannot take, or more positions than the model has.
         """
-        if (input_ids is None) == (inputs_embeds is None):
-            raise ValueError("give input_ids or inputs_embeds, not both and not neither")
-        rows = input_ids if input_ids is not None else inputs_embeds
-        assert rows is not None
-        if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.device.type != "cpu":
-            raise ValueError(f"offsets must be int64 [n + 1] on the CPU, got {offsets.dtype} on {offsets.device}")
-        if len(offsets) < 2 or int(offsets[0]) != 0 or int(offsets[-1]) != len(rows) or int(offsets.diff().min()) < 1:
-            raise ValueError(f"offsets must rise from 0 to {len(rows)} by at least 1, got {offsets[:8].tolist()}…")
+        counts = check_rows(offsets, input_ids, inputs_embeds, prefix, counts)
         if layout != "packed":
             if prefix is not None:
                 raise ValueError(f"prefix: layout must be 'packed' with a prefix, got {layout!r}")
             return padded_forward(self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds)
         if self.why_not_packed is not None:
             raise ValueError(f"layout: this backbone cannot take packed texts: {self.why_not_packed}")
-        if prefix is not None and counts is None and len(prefix) == 1:
-            counts = torch.tensor([len(offsets) - 1])
-        if prefix is not None and (
-            counts is None or len(counts) != len(prefix) or int(counts.sum()) != len(offsets) - 1
-        ):
-            raise ValueError(f"counts must be [{len(prefix)}] and sum to {len(offsets) - 1} texts, got {counts}")
         return packed_forward(
             self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=prefix, counts=counts
         )
@@ -284,29 +270,7 @@ class Backbone:
         Raises:
             ValueError: a text without tokens; a model that is not causal, or `why_not_packed`.
         """
-        texts = [texts] if isinstance(texts, str) else texts
-        check_texts(texts)
-        training = self.training
-        self.eval()
-        try:
-            if self.why_not_packed is not None:
-                raise ValueError(f"prefix: this backbone cannot take packed texts: {self.why_not_packed}")
-            ids = tokenize(self, texts, special=behind is None)
-            if not all(ids) or not ids:
-                raise ValueError("texts: a prefix must have a token, got an empty one")
-            kept: dict[int, tuple[Tensor, Tensor]] = {}
-            offsets = offsets_of([len(row) for row in ids])
-            flat = torch.tensor([token for row in ids for token in row]).to(self.device)
-            counts = None if behind is None else torch.ones(len(behind), dtype=torch.int64)
-            if counts is not None and len(counts) != len(ids):
-                raise ValueError(f"behind must have {len(ids)} texts, got {len(counts)}")
-            off = nullcontext() if adapter or self.lora is None else self.model.disable_adapter()
-            with torch.no_grad(), off:
-                packed_forward(self.model, offsets, input_ids=flat, prefix=behind, counts=counts, kept=kept)
-        finally:
-            self.train(training)
-        found = Prefix(kept, offsets.to(self.device))
-        return found if behind is None else found.behind(behind)
+        return encode_prefix(self, [texts] if isinstance(texts, str) else texts, behind=behind, adapter=adapter)
 
     def soft_prompt(
         self, tables: Mapping[str, tuple[int, int]], *, init: str | None = None, seed: int = 0

@@ -3,6 +3,8 @@
 Cases for `mmrec_kernels.benchmarks`. `forward` is inference; `step` one training step: forward, backward and AdamW. A
 case with `cached` tokens has read so many before, and reads `tokens` more with their keys and values at hand: one text
 goes on from its own; several go on from the same ones, which stock transformers repeats for each of them at each call.
+Where the `longest` has more than `tokens`, texts have 1 to `longest` tokens, in even steps: packed into one row, or,
+where that cannot be, sorted by length and padded in batches of up to 1024 tokens.
 All providers hold the same decoded weights and the same adapters, so all are judged by one oracle: the dense model in
 float64 (but for what transformers itself computes in float32, its norms).
 """
@@ -20,9 +22,10 @@ from mmrec_kernels.benchmarks.case import Case, Inputs, Provider, Work, against,
 from torch import Tensor, nn
 
 from . import lora as lora_module
+from .encode import offsets_of, plan_batches
 from .extras import quiet_transformers, require
 from .loading import load_config, load_model, resolve_source
-from .packed import Prefix, packed_forward, without_cache
+from .packed import Prefix, packed_forward, padded_forward, without_cache
 from .quantize import dequantized, keep_unpacked, quantized_linears
 from .swap import swap_kernels
 
@@ -40,12 +43,12 @@ _TINY = _QWEN2 | {
     "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 99
 }  # fmt: skip
 
-# Texts, tokens of each, tokens read before: a user's prompt, the next token of an answer, items to rank for a user, a
-# batch to learn from.
-_SHAPES: dict[str, dict[str, list[tuple[int, int, int]]]] = {
-    "qwen2-0.5b": {"forward": [(1, 512, 0), (1, 1, 512), (64, 20, 512)], "step": [(4, 128, 0)]},
-    "minilm": {"forward": [(1, 64, 0), (32, 64, 0)], "step": [(32, 64, 0)]},
-    "tiny": {"forward": [(2, 9, 0), (1, 1, 5), (3, 4, 5)], "step": [(2, 9, 0)]},
+# Texts, tokens of each (on average), of the longest, tokens read before: a user's prompt, the next token of an answer,
+# items to rank for a user, a catalogue, a batch to learn from.
+_SHAPES: dict[str, dict[str, list[tuple[int, int, int, int]]]] = {
+    "qwen2-0.5b": {"forward": [(1, 512, 512, 0), (1, 1, 1, 512), (64, 20, 20, 512)], "step": [(4, 128, 128, 0)]},
+    "minilm": {"forward": [(1, 64, 64, 0), (96, 64, 127, 0)], "step": [(32, 64, 64, 0)]},
+    "tiny": {"forward": [(2, 9, 9, 0), (1, 1, 1, 5), (3, 4, 4, 5), (4, 4, 7, 0)], "step": [(2, 9, 9, 0)]},
 }
 MODELS = tuple(_SHAPES)
 
@@ -61,12 +64,12 @@ def cases(model: str, device: str, dtypes: Sequence[str], modes: Sequence[str], 
     ]
 
 
-def _case(model: str, sizes: tuple[int, int, int], device: str, dtype: str, mode: str, rank: int) -> Case:
+def _case(model: str, sizes: tuple[int, int, int, int], device: str, dtype: str, mode: str, rank: int) -> Case:
     config = _config(model)
-    texts, tokens, cached = sizes
+    texts, tokens, longest, cached = sizes
     shape = {
         "layers": config.num_hidden_layers, "width": config.hidden_size, "texts": texts, "tokens": tokens,
-        "cached": cached, "rank": rank,
+        "longest": longest, "cached": cached, "rank": rank,
     }  # fmt: skip
     return Case(
         op="backbone", shape=shape, dtype=dtype, device=device, mode=mode,
@@ -108,6 +111,7 @@ def _work(config: Any, shape: Shape, dtype: str, mode: str) -> Work:
     weights = config.num_hidden_layers * sum(n * k for n, k in layers)
     adapters = config.num_hidden_layers * sum(shape["rank"] * (n + k) for n, k in layers)
     keys = tokens + cached if not hasattr(config, "num_key_value_heads") else cached + (tokens + 1) / 2
+    keys *= _lengths(shape).double().square().mean().item() / tokens**2  # of long texts there are more
     attention = int(4 * config.num_hidden_layers * texts * tokens * keys * width)
     rows = texts * tokens
     read = int(weights * 4.127 / 8) + 4 * adapters
@@ -119,6 +123,14 @@ def _work(config: Any, shape: Shape, dtype: str, mode: str) -> Work:
     # Backward: each layer's dx, both gradients of each adapter, twice attention's products. AdamW has two moments.
     backward = 2 * rows * (weights + 2 * adapters) + 2 * attention
     return Work(forward + backward, 2 * read + 12 * adapters, written + 12 * adapters)
+
+
+def _lengths(shape: Shape) -> Tensor:
+    """int64 `[texts]`, `tokens` on average."""
+    if shape["longest"] == shape["tokens"]:
+        return torch.full((shape["texts"],), shape["tokens"])
+    lengths = torch.linspace(1, shape["longest"], shape["texts"]).round().long()
+    return lengths[torch.randperm(len(lengths), generator=generator("cpu"))]
 
 
 def _inputs(model: str, shape: Shape, dtype: str, device: str) -> Inputs:
@@ -138,11 +150,12 @@ def _inputs(model: str, shape: Shape, dtype: str, device: str) -> Inputs:
         )
     base.name_or_path = ""  # that folder is gone
     base.requires_grad_(False).eval()
-    rows = shape["texts"], shape["cached"] + shape["tokens"]
+    rows = shape["texts"], shape["cached"] + shape["longest"]
     ids = torch.randint(0, base.config.vocab_size, rows, generator=random).to(device)
     ids[:, : shape["cached"]] = ids[:1, : shape["cached"]]
     grad = torch.randn(shape["texts"], shape["tokens"], shape["width"], generator=random).to(device)
-    return {"base": base, "ids": ids, "cached": shape["cached"], "rank": shape["rank"], "grad": grad}
+    found = {"base": base, "ids": ids, "cached": shape["cached"], "rank": shape["rank"], "grad": grad}
+    return found | {"lengths": _lengths(shape)}
 
 
 def _adapted(base: Model, rank: int) -> Model:
@@ -201,7 +214,10 @@ def _call(model: Model, given: Inputs, mode: str) -> Callable[[], list[Tensor]]:
     """The last hidden states, or the gradients of the adapters."""
     if mode == "step":
         return _step(model.train(), given)
-    ids, cached = given["ids"], given["cached"]
+    ids, cached, lengths = given["ids"], given["cached"], given["lengths"]
+    if int(lengths.min()) < ids.shape[1] - cached:
+        rows = ids[torch.arange(ids.shape[1]) < lengths.unsqueeze(1)]
+        return _inference(lambda: _ragged(model, rows, offsets_of(lengths.tolist())))
     if not cached:
         return _inference(lambda: model(input_ids=ids, **without_cache(model))[0])
     if len(ids) == 1:
@@ -217,6 +233,18 @@ def _inference(function: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
             return [function()]
 
     return call
+
+
+def _ragged(model: Model, ids: Tensor, offsets: Tensor) -> Tensor:
+    if model.config._attn_implementation == "mmrec":
+        return packed_forward(model, offsets, input_ids=ids)
+    texts = ids.split(offsets.diff().tolist())
+    found: dict[int, Tensor] = {}
+    for batch in plan_batches([len(text) for text in texts], 1024, "padded"):
+        lengths = [len(texts[i]) for i in batch]
+        hidden = padded_forward(model, offsets_of(lengths), input_ids=torch.cat([texts[i] for i in batch]))
+        found |= dict(zip(batch, hidden.split(lengths), strict=True))
+    return torch.cat([found[i] for i in range(len(texts))])
 
 
 def _cache_of(model: Model, ids: Tensor) -> Any:

@@ -10,15 +10,16 @@ numbers of tokens, as the matrix product splits its work by row count (docs/back
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .encoded import Encoded
-from .packed import Prefix
+from .extras import progress_bar
+from .packed import Prefix, packed_forward
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -105,6 +106,32 @@ def encode_texts(
     finally:
         backbone.train(training)
     return found if len(unique) == len(jobs) and index == list(range(len(jobs))) else found.select(torch.tensor(index))
+
+
+def encode_prefix(backbone: Backbone, texts: Sequence[str], *, behind: Prefix | None, adapter: bool) -> Prefix:
+    """See `Backbone.prefix`."""
+    check_texts(texts)
+    training = backbone.training
+    backbone.eval()
+    try:
+        if backbone.why_not_packed is not None:
+            raise ValueError(f"prefix: this backbone cannot take packed texts: {backbone.why_not_packed}")
+        ids = tokenize(backbone, texts, special=behind is None)
+        if not ids or not all(ids):
+            raise ValueError("texts: a prefix must have a token, got an empty one")
+        if behind is not None and len(behind) != len(ids):
+            raise ValueError(f"behind must have {len(ids)} texts, got {len(behind)}")
+        kept: dict[int, tuple[Tensor, Tensor]] = {}
+        offsets = offsets_of([len(row) for row in ids])
+        flat = torch.tensor([token for row in ids for token in row]).to(backbone.device)
+        counts = None if behind is None else torch.ones(len(behind), dtype=torch.int64)
+        off = nullcontext() if adapter or backbone.lora is None else backbone.model.disable_adapter()
+        with torch.no_grad(), off:
+            packed_forward(backbone.model, offsets, input_ids=flat, prefix=behind, counts=counts, kept=kept)
+    finally:
+        backbone.train(training)
+    found = Prefix(kept, offsets.to(backbone.device))
+    return found if behind is None else found.behind(behind)
 
 
 def pool(hidden: Tensor, offsets: Tensor, pooling: str) -> Tensor:
@@ -297,18 +324,3 @@ def _check(texts: Sequence[str], pooling: str, batch_tokens: int, token_budget: 
         raise ValueError(f"batch_tokens must be ≥ 1, got {batch_tokens}")
     if token_budget is not None and (pooling != "tokens" or token_budget < 1):
         raise ValueError(f"token_budget must be ≥ 1 and goes with pooling='tokens', got {token_budget} and {pooling!r}")
-
-
-@contextmanager
-def progress_bar(label: str, total: int, wanted: bool) -> Iterator[Any]:
-    """Yield `advance(n)`: a bar on stderr if it is wanted and that is a terminal, else a function that does nothing."""
-    if not wanted or not sys.stderr.isatty() or total == 0:
-        yield lambda n: None
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn(label), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task(label, total=total)
-        yield lambda n: bar.advance(task, n)

@@ -194,6 +194,31 @@ def check_window(module: nn.Module, packed: Packed, window: int | None) -> None:
         )
 
 
+def check_rows(
+    offsets: Tensor,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    prefix: Prefix | None,
+    counts: Tensor | None,
+) -> Tensor | None:
+    """The counts, filled in where there is one prefix, or ValueError; see `Backbone.forward_rows`."""
+    if (input_ids is None) == (inputs_embeds is None):
+        raise ValueError("give input_ids or inputs_embeds, not both and not neither")
+    rows = input_ids if input_ids is not None else inputs_embeds
+    assert rows is not None
+    total = len(rows)
+    if offsets.dtype != torch.int64 or offsets.ndim != 1 or offsets.device.type != "cpu":
+        raise ValueError(f"offsets must be int64 [n + 1] on the CPU, got {offsets.dtype} on {offsets.device}")
+    if len(offsets) < 2 or int(offsets[0]) != 0 or int(offsets[-1]) != total or int(offsets.diff().min()) < 1:
+        raise ValueError(f"offsets must rise from 0 to {total} by at least 1, got {offsets[:8].tolist()}…")
+    texts = len(offsets) - 1
+    if prefix is not None and counts is None and len(prefix) == 1:
+        counts = torch.tensor([texts])
+    if prefix is not None and (counts is None or len(counts) != len(prefix) or int(counts.sum()) != texts):
+        raise ValueError(f"counts must be [{len(prefix)}] and sum to {texts} texts, got {counts}")
+    return counts
+
+
 def padded_forward(
     model: Any, offsets: Tensor, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
 ) -> Tensor:

@@ -60,7 +60,7 @@ def adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """peft's `Linear4bit.forward`: base and adapters in one pass where that is what peft would compute, else peft's own
     forward, whose base layer is still the kernel's."""
     names = kwargs.get("adapter_names")
-    if args or set(kwargs) - {"adapter_names"} or self.merged or self.disable_adapters:
+    if args or set(kwargs) - {"adapter_names", "alora_offsets"} or self.merged or self.disable_adapters:
         return type(self).forward(self, x, *args, **kwargs)
     self._check_forward_args(x, **kwargs)
     wanted = set(names or self.active_adapters) - {"__base__"}
@@ -70,6 +70,9 @@ def adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     if why_not(self, used, mixed=names is not None) is not None:
         return type(self).forward(self, x, *args, **kwargs)
     base = self.base_layer
+    if names is None and used[0] in self.lora_variant:  # aLoRA, alone: see why_not
+        ids = _invoked(x, kwargs.get("alora_offsets"))
+        return _linear(base, x, _joined(self, used, _compute_dtype(base, x)), ids).to(x.dtype)
     if names is None:
         return _linear(base, x, _joined(self, used, _compute_dtype(base, x)), None).to(x.dtype)
     places = {name: n for n, name in enumerate(used)}
@@ -89,7 +92,7 @@ def why_not(layer: Any, names: list[str], *, mixed: bool = False) -> Reason:
         lora_a, lora_b = modules["lora_A"]._modules[name], modules["lora_B"]._modules[name]
         if _is_watched(lora_a) or _is_watched(lora_b):
             return f"adapter {name!r} has hooks, which only a call of its layers runs: computed by peft"
-        if name in layer.lora_variant:
+        if name in layer.lora_variant and (mixed or len(names) > 1 or not _is_alora(layer.lora_variant[name])):
             return f"adapter {name!r} is {type(layer.lora_variant[name]).__name__}: computed by peft"
         if layer.training:
             dropout = modules["lora_dropout"]._modules[name]
@@ -107,6 +110,18 @@ def why_not(layer: Any, names: list[str], *, mixed: bool = False) -> Reason:
     if torch.is_grad_enabled() and layer.training:
         return "several adapters in a batch are for inference: computed by peft"
     return None
+
+
+def _is_alora(variant: Any) -> bool:
+    """Activated LoRA (arXiv:2504.12397): the adapter acts from its invocation on."""
+    return type(variant).__name__ == "ALoraLinearVariant"
+
+
+def _invoked(x: Tensor, offsets: list[int | None] | None) -> Tensor:
+    """Adapter ids of aLoRA for `x [B, T, K]` or `[B, K]`: 0 for the last `offsets[b]` tokens of text b, else −1."""
+    tokens = x.shape[1] if x.ndim == 3 else 1
+    last = torch.tensor([offset or 0 for offset in offsets or [0] * len(x)]).unsqueeze(1)
+    return ((torch.arange(tokens, 0, -1) <= last).long() - 1).view(x.shape[:-1]).to(x.device)
 
 
 def _is_watched(module: nn.Module) -> bool:

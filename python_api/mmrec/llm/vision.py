@@ -11,9 +11,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .encode import progress_bar
 from .encoded import Encoded
-from .extras import quiet_transformers, require
+from .extras import progress_bar, quiet_transformers, require
 from .fingerprint import ModelHash
 from .loading import first_line, load_checked, load_config, model_kwargs
 
