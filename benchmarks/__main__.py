@@ -86,16 +86,15 @@ def _where(parser: argparse.ArgumentParser, given: str, cases: Sequence[Case]) -
 
 
 def _path(parser: argparse.ArgumentParser, args: argparse.Namespace) -> Path | None:
-    """Where the JSON goes. Its folder is made or found before hours of work, not after."""
+    """Where the JSON goes; the folder of `--json-dir` is made."""
     if args.json_dir is not None:
         try:
             return measure.path_in(args.json_dir, args.op, args.device)
         except OSError as error:
             parser.error(f"--json-dir {args.json_dir}: {error.strerror}")
-    if args.json is not None and not args.json.parent.is_dir():
-        parser.error(f"--json {args.json}: there is no folder {args.json.parent}")
-    if args.json is not None and args.json.is_dir():
-        parser.error(f"--json {args.json}: this is a folder; give a file, or use --json-dir")
+    reason = None if args.json is None else measure.why_not_written(args.json)
+    if reason is not None:
+        parser.error(f"--json {args.json}: {reason}")
     return args.json
 
 

@@ -21,6 +21,13 @@ def path_in(folder: Path, name: str, device: str) -> Path:
     return folder / f"{name}.json"
 
 
+def why_not_written(path: Path) -> str | None:
+    """Why rows cannot go to `path`, or None: asked before hours of work, not after."""
+    if not path.parent.is_dir():
+        return f"there is no folder {path.parent}"
+    return "this is a folder; give a file, or use --json-dir" if path.is_dir() else None
+
+
 def measure(cases: Sequence[Case], device: str, seconds: float, path: Path | None) -> None:
     """Runs `cases`, each for `seconds` beyond the least number of calls.
 

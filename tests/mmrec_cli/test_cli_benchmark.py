@@ -20,12 +20,10 @@ def test_a_tiny_backbone(mmrec, tmp_path):
         mmrec("benchmark", "--model", "tiny", "--seconds", 0, "--lora", 4, "--json", path).succeeded()
     content = json.loads(path.read_text())
     assert content["complete"]
-    shapes = {tuple(row["shape"].values()): row["mode"] for row in content["rows"]}
-    assert shapes == {
-        (2, 64, 2, 9, 9, 0, 4): "step", (2, 64, 1, 1, 1, 5, 4): "forward", (2, 64, 3, 4, 4, 5, 4): "forward",
-        (2, 64, 4, 4, 7, 0, 4): "forward",
+    assert {(*row["shape"].values(), row["mode"]) for row in content["rows"]} == {
+        (2, 64, 2, 9, 9, 0, 4, "step"), (2, 64, 2, 9, 9, 0, 4, "forward"), (2, 64, 1, 1, 1, 5, 4, "forward"),
+        (2, 64, 3, 4, 4, 5, 4, "forward"), (2, 64, 4, 4, 7, 0, 4, "forward"),
     }  # fmt: skip
-    assert {row["mode"] for row in content["rows"]} == {"forward", "step"}
     stock: dict[tuple, dict] = {}
     for row in content["rows"]:
         assert row["op"] == "backbone" and row["median_ms"] > 0 and row["flops"] > 0 and row["bytes"] > 0
@@ -51,6 +49,8 @@ def test_a_tiny_backbone(mmrec, tmp_path):
         (["--mode", "backward"], "--mode must be of forward, step, got 'backward'"),
         (["--json", "a", "--json-dir", "b"], "--json and --json-dir are two ways"),
         (["--json", "no/such/folder/rows.json"], "--json no/such/folder/rows.json: there is no folder no/such/folder"),
+        (["--json", "."], "--json .: this is a folder"),
+        (["--mode", "step", "--lora", "0"], "--mode step needs an adapter to train, got --lora 0"),
         (["--device", "tpu"], "'tpu' is not one of"),
     ],
 )

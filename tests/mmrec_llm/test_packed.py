@@ -51,7 +51,9 @@ def test_texts_go_on_from_a_prefix(qwen2, quantize, lora, cascade_below, monkeyp
             assert relative(found, whole(backbone, HISTORY, item)) < 2e-6
 
 
-def test_a_prefix_in_bfloat16_is_no_further_off_than_the_whole_text(qwen2):
+@pytest.mark.parametrize("cascade_below", [0, 100])
+def test_a_prefix_in_bfloat16_is_no_further_off_than_the_whole_text(qwen2, cascade_below, monkeypatch):
+    monkeypatch.setattr(packed, "_CASCADE_BELOW", cascade_below)
     exact = Backbone.load(qwen2, quantize=None)
     backbone = Backbone.load(qwen2, quantize=None, dtype=torch.bfloat16)
     found = torch.cat(tokens_of(backbone, ITEMS, prefix=backbone.prefix(HISTORY)))
@@ -175,18 +177,97 @@ def test_it_is_the_default_where_it_can_be(qwen2, bert):
             stock.prefix("red")
 
 
+def test_encoders_that_count_positions_from_behind_the_padding(tmp_path, save_byte_tokenizer):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.XLMRobertaConfig(vocab_size=384, max_position_embeddings=42, pad_token_id=5, **sizes)
+    transformers.XLMRobertaModel(config).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    backbone, stock = (Backbone.load(tmp_path, quantize=None, max_length=36, kernels=k) for k in (True, False))
+    assert backbone.why_not_packed is None
+    texts = [*ITEMS, "?" * 36]
+    for found, wanted in zip(tokens_of(backbone, texts), tokens_of(stock, texts), strict=True):
+        assert relative(found, wanted) < 2e-6
+
+
+def test_models_that_count_positions_by_rows_are_left(tmp_path, save_byte_tokenizer):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
+    transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=384, **sizes)).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    backbone = Backbone.load(tmp_path, quantize=None)
+    assert "Sequence length must be less than max_position_embeddings" in backbone.why_not_packed
+    assert backbone.encode(ITEMS).pooled.isfinite().all()
+
+
+def test_a_shift_of_positions_is_found_beside_a_large_common_vector(bert, monkeypatch):
+    backbone = Backbone.load(bert, quantize=None, kernels=False)
+    real = backbone.model.forward
+    with torch.no_grad():
+        backbone.model.embeddings.word_embeddings.weight[:, 0] += 30
+
+    def shifted(**arguments):
+        if packed.KEYWORD in arguments:
+            arguments["position_ids"] = arguments["position_ids"] + 2
+        return real(**arguments)
+
+    monkeypatch.setattr(backbone.model, "forward", shifted)
+    backbone._take_attention()
+    assert backbone.why_not_packed == "two short texts packed differ from the same texts one by one"
+
+
 def test_encoders_have_no_prefix(bert):
     with pytest.raises(ValueError, match="not causal"):
         Backbone.load(bert).prefix("red")
 
 
-def test_attention_dropout_while_training_is_the_models_own(bert):
-    backbone = Backbone.load(bert)
-    assert backbone.model.config.attention_probs_dropout_prob > 0
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_attention_dropout_while_training_is_the_models_own(bert, tmp_path, save_byte_tokenizer, kind):
+    folder, name = bert, "attention_probs_dropout_prob"
+    if kind == "gpt2":
+        folder, name = tmp_path, "attn_pdrop"
+        config = transformers.GPT2Config(vocab_size=384, n_embd=64, n_layer=2, n_head=4, n_positions=64)
+        transformers.GPT2Model(config).save_pretrained(folder)
+        save_byte_tokenizer(folder)
+    backbone = Backbone.load(folder, quantize=None)
+    assert backbone.why_not_packed is None and getattr(backbone.model.config, name) == 0.1
+    for module in backbone.model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
     assert backbone.train().why_not_packed == "its attention has dropout while training"
+    attention = [m for m in backbone.model.modules() if type(m).__name__ in ("BertSelfAttention", "GPT2Attention")]
+    assert len(attention) == 2
+    for module in attention:
+        (module.dropout if kind == "bert" else module.attn_dropout).p = 0.5
     pooled = [backbone.encode(["red hat"], requires_grad=True).pooled for _ in range(2)]
     assert not torch.equal(*pooled)
-    assert backbone.eval().why_not_packed is None
+    # Without gradients it runs in eval mode, packed, whatever mode it is called in.
+    found = backbone.encode(["red hat", "old"], layout="packed").pooled
+    assert backbone.training and backbone.why_not_packed is not None
+    assert torch.equal(found, backbone.encode(["red hat", "old"]).pooled)
+    assert torch.equal(found, backbone.eval().encode(["red hat", "old"]).pooled)
+    assert backbone.why_not_packed is None
+
+
+def test_a_prefix_can_be_asked_for_while_training(qwen2):
+    backbone = Backbone.load(qwen2, quantize=None)
+    backbone.model.config.attention_dropout = 0.1
+    expected = backbone.encode(ITEMS, prefix=backbone.prefix(HISTORY)).pooled
+    assert backbone.train().why_not_packed is not None
+    assert torch.equal(backbone.encode(ITEMS, prefix=backbone.prefix(HISTORY)).pooled, expected) and backbone.training
+
+
+def test_an_adapter_loaded_while_training_keeps_the_mode(bert, tmp_path):
+    Backbone.load(bert, lora=2).save_adapter(tmp_path)
+    backbone = Backbone.load(bert).train()
+    backbone.load_adapter(tmp_path)
+    assert backbone.training and backbone.eval().why_not_packed is None
+
+
+def test_a_prefix_without_the_adapter_leaves_what_is_frozen(qwen2):
+    backbone = Backbone.load(qwen2, lora=2)
+    for parameter in backbone.parameters():
+        parameter.requires_grad_(False)
+    backbone.prefix(HISTORY, adapter=False)
+    assert backbone.trainable_parameters() == []
 
 
 def test_models_that_cannot_be_packed_keep_their_attention(qwen2, monkeypatch):
@@ -220,7 +301,7 @@ def test_a_window_shorter_than_the_texts_is_refused(tmp_path, save_byte_tokenize
     assert backbone.why_not_packed is None
     prefix = backbone.prefix("?" * 16)
     assert backbone.encode(["?" * 8], prefix=prefix).pooled.isfinite().all()
-    with pytest.raises(ValueError, match="sliding window of MistralAttention, 24, got one of 25 tokens"):
+    with pytest.raises(ValueError, match="sliding window, 24, got one of 25 tokens"):
         backbone.encode(["?" * 9], prefix=prefix)
 
 
@@ -245,6 +326,7 @@ def test_bad_prefixes(qwen2):
         ({}, "prefix_ids must be given where there are 2 prefixes"),
         ({"prefix_ids": [2]}, r"prefix_ids must be 1 integers in \[0, 2\), got \[2\]"),
         ({"prefix_ids": [0, 1]}, "prefix_ids must be 1 integers"),
+        ({"prefix_ids": torch.tensor([0.0])}, r"prefix_ids must be 1 integers in .*, got \[0.0\]"),
         ({"prefix_ids": [0], "layout": "padded"}, "layout must be None or 'packed' with a prefix"),
     ):
         with pytest.raises(ValueError, match=words):

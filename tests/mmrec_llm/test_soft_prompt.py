@@ -17,10 +17,10 @@ USERS = [3, -1, 0, 2]
 
 
 def by_hand(backbone: Backbone, prompt: SoftPrompt, text: str, user: int) -> torch.Tensor:
-    """Hidden states of the text's own tokens: task vectors, then the user's, then the text, alone in a batch."""
+    """Hidden states of the text's own tokens: behind the user's vectors and those of all, alone in a batch."""
     ids = torch.tensor(tokenize(backbone, [text], special=True))
     words = backbone.model.get_input_embeddings()(ids)
-    before = [prompt.vectors["task"][0], prompt.vectors["user"][user]]  # -1 is the last one here too
+    before = [prompt.vectors["user"][user], prompt.vectors["items"][0]]  # -1 is the last one here too
     found = backbone.model(inputs_embeds=torch.cat([torch.cat(before).unsqueeze(0), words], dim=1))
     return found.last_hidden_state[0, prompt.length :]
 
@@ -34,7 +34,7 @@ def layout(request):
 @pytest.mark.parametrize("quantize", [None, "nf4"])
 def test_vectors_and_gradients(model_folder, layout, lora, quantize):
     backbone = Backbone.load(model_folder, quantize=quantize, lora=lora)
-    prompt = backbone.soft_prompt({"task": (1, 3), "user": (5, 2)})
+    prompt = backbone.soft_prompt({"user": (5, 2), "items": (1, 3)})
     with torch.no_grad():
         for table in prompt.vectors.values():
             table.add_(torch.randn(table.shape, generator=torch.Generator().manual_seed(0)), alpha=0.2)
@@ -51,7 +51,7 @@ def test_vectors_and_gradients(model_folder, layout, lora, quantize):
     for a, b in zip(torch.autograd.grad((pooled * weight).sum(), leaves), wanted, strict=True):
         assert b.abs().max() > 0
         torch.testing.assert_close(a, b, atol=2e-5 * float(b.abs().max()), rtol=1e-4)
-    assert wanted[1][[1, 4]].abs().max() == 0 and (wanted[1][[0, 2, 3, 5]].abs().amax((1, 2)) > 0).all()
+    assert wanted[0][[1, 4]].abs().max() == 0 and (wanted[0][[0, 2, 3, 5]].abs().amax((1, 2)) > 0).all()
 
 
 def test_the_same_text_of_two_users_is_computed_twice(qwen2):
@@ -75,6 +75,39 @@ def test_behind_a_prefix(qwen2):
     with torch.no_grad():
         wanted = backbone.model(inputs_embeds=rows.unsqueeze(0)).last_hidden_state[0, -1]
     torch.testing.assert_close(found, wanted, atol=5e-6, rtol=1e-5)
+
+
+def test_each_table_takes_its_own_ids():
+    prompt = SoftPrompt({"user": (9, 1), "item": (9, 1)}, 4)
+    with torch.no_grad():
+        for name, table in prompt.vectors.items():
+            table.copy_(torch.arange(10.0).view(10, 1, 1) + (100 if name == "item" else 0))
+    found = prompt(prompt.rows(2, {"user": [1, -1], "item": torch.tensor([7, 8])}))
+    assert found[:, :, 0].tolist() == [[1, 107], [9, 108]]
+
+
+def test_texts_are_cut_to_leave_room_for_it(model_folder):
+    backbone = Backbone.load(model_folder, quantize=None, max_length=12)
+    prompt = backbone.soft_prompt({"task": (1, 4)})
+    for layout in ("packed", "padded"):
+        found = backbone.encode(["?" * 40, "red"], soft_prompt=prompt, pooling="tokens", layout=layout)
+        assert found.offsets.diff()[0] <= 8
+    with pytest.raises(ValueError, match="fewer vectors than max_length, 12, got 12"):
+        backbone.encode(["red"], soft_prompt=SoftPrompt({"task": (1, 12)}, 64))
+
+
+def test_it_lives_in_the_space_of_the_input_embeddings(tmp_path, save_byte_tokenizer):
+    import transformers
+
+    config = transformers.ElectraConfig(
+        vocab_size=384, embedding_size=32, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    transformers.ElectraModel(config).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    backbone = Backbone.load(tmp_path, quantize=None)
+    prompt = backbone.soft_prompt({"task": (1, 2)})
+    assert prompt.width == 32 and backbone.encode(["red"], soft_prompt=prompt).pooled.shape == (1, 64)
 
 
 def test_a_text_without_tokens_is_zero(qwen2):

@@ -68,6 +68,25 @@ def test_frozen_weights_get_no_gradient():
     torch.testing.assert_close(found, expected)
 
 
+def test_the_backward_pass_of_a_norm_is_not_rounded_by_autocast():
+    module, x = norm(), torch.randn(3, 48, requires_grad=True)
+    swap_kernels(module)
+    (expected,) = torch.autograd.grad(module(x).square().sum(), x)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        (found,) = torch.autograd.grad(module(x).square().sum(), x)
+    assert torch.equal(found, expected)
+
+
+def test_a_norm_of_one_row_and_a_model_without_memory():
+    module = norm()
+    expected = torch.autograd.grad(module(torch.ones(48)).square().sum(), module.weight)
+    swap_kernels(module)
+    torch.testing.assert_close(torch.autograd.grad(module(torch.ones(48)).square().sum(), module.weight), expected)
+    with torch.device("meta"):
+        (layer,) = swap_kernels(Qwen2RMSNorm(48)).report()
+    assert layer.reason is not None and "left as it is" in layer.reason
+
+
 def kept_bytes(module: nn.Module, x: Tensor) -> int:
     """Bytes that the graph of one call holds, beside the weights and the input."""
     held: dict[int, int] = {}

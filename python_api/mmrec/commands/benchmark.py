@@ -28,8 +28,9 @@ def benchmark_command(
 
     if json_file is not None and json_dir is not None:
         raise ValueError("--json and --json-dir are two ways to say where the rows go; give one")
-    if json_file is not None and not json_file.parent.is_dir():
-        raise ValueError(f"--json {json_file}: there is no folder {json_file.parent}")
+    reason = None if json_file is None else measure.why_not_written(json_file)
+    if reason is not None:
+        raise ValueError(f"--json {json_file}: {reason}")
     if device == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda needs a CUDA torch and a visible GPU: torch.cuda.is_available() is False")
     models = _chosen("--model", models, benchmark.MODELS, [name for name in benchmark.MODELS if name != "tiny"])
@@ -39,6 +40,8 @@ def benchmark_command(
     if threads is not None:
         torch.set_num_threads(threads)
     cases = [case for model in models for case in benchmark.cases(model, device, dtypes, modes, rank)]
+    if not cases:
+        raise ValueError("--mode step needs an adapter to train, got --lora 0")
     measure.measure(cases, device, seconds, path)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from mmrec_kernels import Segment, cross_modal_attention
 
 from .extras import require
-from .packed import KEYWORD, attend, check_window
+from .packed import KEYWORD, attend
 
 __all__ = ["kernel_attention", "register_attention", "unregister_attention"]
 
@@ -50,7 +50,7 @@ def kernel_attention(model: Any, name: str = _NAME) -> Iterator[Any]:
     Raises:
         ValueError: the model does not let its attention be chosen.
     """
-    before = _implementations(model.config)
+    before = implementations(model.config)
     register_attention(name)
     try:
         model.set_attn_implementation(name)
@@ -65,12 +65,12 @@ def _interface(module: str, kind: str) -> Any:
     return getattr(require(f"transformers.{module}"), kind)
 
 
-def _implementations(config: Any) -> dict[str, Any]:
+def implementations(config: Any) -> dict[str, Any]:
     """What a model and each of its parts compute attention with, in the form `set_attn_implementation` takes."""
     found = {"": config._attn_implementation}
     for part in config.sub_configs:
         if getattr(config, part, None) is not None:
-            found[part] = _implementations(getattr(config, part))
+            found[part] = implementations(getattr(config, part))
     return found
 
 
@@ -103,7 +103,6 @@ def _attention(
         if s_aux is not None or query.shape[0] != 1:
             raise ValueError(f"attention {_NAME!r} takes packed texts in one row and without sinks")
         causal = causal and getattr(getattr(module, "config", None), "is_causal", True)
-        check_window(module, packed, others.get("sliding_window"))
         return attend(module, query, key, value, packed, causal=causal, scale=scaling), None
     present = None
     if attention_mask is not None:

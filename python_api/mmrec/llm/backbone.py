@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import lora as lora_module
-from .attention import _implementations, register_attention
+from .attention import implementations, register_attention
 from .encode import encode_prefix, encode_texts, tokenize
 from .encoded import Encoded
+from .extras import quiet_transformers
 from .fingerprint import ModelHash, combine, tokenizer_hash
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import LoRAConfig
@@ -39,7 +40,7 @@ class Backbone:
         max_length: tokens kept per text, special tokens included.
         hidden_size: width d of the vectors.
         dtype: dtype of the dense weights and of the arithmetic in quantised layers.
-        swap: what was swapped to compute with this package's kernels, or None.
+        swap: the layers that compute with this package's kernels, or None; attention goes with `train` and `eval`.
     """
 
     def __init__(
@@ -137,6 +138,11 @@ class Backbone:
     def eval(self) -> Backbone:
         """Switch dropout off; returns self."""
         return self.train(False)
+
+    @property
+    def input_width(self) -> int:
+        """Width of the model's input embeddings, which some models project to `hidden_size`."""
+        return int(self.model.get_input_embeddings().weight.shape[1])
 
     def parameters(self) -> Iterator[nn.Parameter]:
         """All parameters, frozen ones included."""
@@ -252,7 +258,7 @@ class Backbone:
     def why_not_packed(self) -> str | None:
         """Why this backbone cannot take packed texts and prefixes in its current mode, or None: it can."""
         if self._own_attention is not None and self.model.config._attn_implementation != "mmrec":
-            return "its attention has dropout while training"
+            return "its attention has dropout while training" if self.training else "its attention was set to another"
         return self._why_not_packed
 
     def prefix(self, texts: str | Sequence[str], *, behind: Prefix | None = None, adapter: bool = True) -> Prefix:
@@ -275,7 +281,7 @@ class Backbone:
     def soft_prompt(
         self, tables: Mapping[str, tuple[int, int]], *, init: str | None = None, seed: int = 0
     ) -> SoftPrompt:
-        """A `SoftPrompt` of this model's width on its device, for `encode(soft_prompt=…)`.
+        """A `SoftPrompt` of this model's input width on its device, for `encode(soft_prompt=…)`.
 
         It starts at the embeddings of the tokens of `init`, in turn, or of tokens drawn at random from the vocabulary.
         """
@@ -287,7 +293,7 @@ class Backbone:
             chosen = torch.tensor(tokenize(self, [init], special=False)[0], dtype=torch.int64)
             if not len(chosen):
                 raise ValueError(f"init must have a token, got {init!r}")
-        return SoftPrompt(tables, self.hidden_size, init=embed(chosen.to(self.device))).to(self.device)
+        return SoftPrompt(tables, self.input_width, init=embed(chosen.to(self.device))).to(self.device)
 
     def adapter_state_dict(self) -> dict[str, Tensor]:
         """A copy on the CPU of the adapter's tensors: what a training checkpoint has to hold of the backbone."""
@@ -355,26 +361,28 @@ class Backbone:
         }
 
     def _attach(self, config: LoRAConfig) -> None:
+        training = self.training
         self.model = lora_module.attach(self.model, config)
         self.lora = config
         if self.swap is not None:
             self.swap = swap_kernels(self.model, linear=bool(self.quantize))  # with the layers that peft has put around
-        self.model.train(False)
+        self.train(training)
 
     def _take_attention(self) -> None:
         """Lets the model attend with the kernel, if two short texts come out right with it, packed and not."""
-        own = _implementations(self.model.config)
+        own = implementations(self.model.config)
         register_attention()
-        try:
-            self.model.set_attn_implementation("mmrec")
-        except ValueError as error:
-            self._why_not_packed = str(error)
-            return
-        self._why_not_packed = why_not_packed(self.model, own, self.max_length)
-        if self._why_not_packed is None:
-            self._own_attention = own
-        else:
-            self.model.set_attn_implementation(own)
+        with quiet_transformers():
+            try:
+                self.model.set_attn_implementation("mmrec")
+            except ValueError as error:
+                self._why_not_packed = str(error)
+                return
+            self._why_not_packed = why_not_packed(self.model, own, self.max_length)
+            if self._why_not_packed is None:
+                self._own_attention = own
+            else:
+                self.model.set_attn_implementation(own)
 
     def _need_adapter(self, method: str) -> bool:
         if self.lora is None:
@@ -405,6 +413,6 @@ class Backbone:
 
 
 def attention_dropout(config: Any) -> float:
-    """The probability that a model drops weights of its attention with while training."""
-    text = config.get_text_config()
-    return max(float(getattr(text, name, 0) or 0) for name in ("attention_dropout", "attention_probs_dropout_prob"))
+    """The probability that a model drops weights of its attention with while training, by whatever name."""
+    found = config.get_text_config().to_dict().items()
+    return max((float(v) for k, v in found if "att" in k and "drop" in k and isinstance(v, float)), default=0.0)

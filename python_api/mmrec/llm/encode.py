@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .encoded import Encoded
 from .extras import progress_bar
+from .lora import adapter_off
 from .packed import Prefix, packed_forward
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ def encode_texts(
     """Embed `texts` with `backbone`.
 
     Args:
-        texts: n strings; longer ones are cut to `backbone.max_length` tokens.
+        texts: n strings; longer ones are cut to `backbone.max_length` tokens, those of a soft prompt included.
         pooling: "mean" over all tokens, special ones included (sentence-transformers' mean with attention mask);
             "weighted": the mean in which token i of a text has weight i + 1 (SGPT, Muennighoff 2022, arXiv:2202.08904);
             "last" token (causal LMs); "cls", the first token; "tokens": every token's vector. Vectors of a soft prompt
@@ -86,26 +87,34 @@ def encode_texts(
         TypeError, ValueError: an argument out of range, `prefix` or a packed layout where `backbone.why_not_packed`.
     """
     _check(texts, pooling, batch_tokens, token_budget, layout)
-    if (prefix is not None or layout == "packed") and backbone.why_not_packed is not None:
-        name = "prefix" if prefix is not None else "layout"
-        raise ValueError(f"{name}: this backbone cannot take packed texts: {backbone.why_not_packed}")
-    if prefix is not None and layout not in (None, "packed"):
-        raise ValueError(f"layout must be None or 'packed' with a prefix, got {layout!r}")
-    jobs = _jobs(backbone, texts, soft_prompt, soft_ids, prefix, prefix_ids)
-    if layout is None:
-        layout = "packed" if backbone.why_not_packed is None else "padded" if requires_grad else "exact"
-    settings = (pooling, normalize, batch_tokens, token_budget, progress, layout, soft_prompt, prefix)
-    if requires_grad:
-        return _run(backbone, jobs, *settings, grad=True)
-    unique, index = _deduplicate(jobs)
     training = backbone.training
-    backbone.eval()
+    if not requires_grad:
+        backbone.eval()  # before anything is decided: some models can be packed in this mode only
     try:
+        layout = _layout(backbone, layout, prefix, requires_grad)
+        jobs = _jobs(backbone, texts, soft_prompt, soft_ids, prefix, prefix_ids)
+        settings = (pooling, normalize, batch_tokens, token_budget, progress, layout, soft_prompt, prefix)
+        if requires_grad:
+            return _run(backbone, jobs, *settings, grad=True)
+        unique, index = _deduplicate(jobs)
         with torch.no_grad():
             found = _run(backbone, unique, *settings, grad=False)
     finally:
-        backbone.train(training)
+        if not requires_grad:
+            backbone.train(training)
     return found if len(unique) == len(jobs) and index == list(range(len(jobs))) else found.select(torch.tensor(index))
+
+
+def _layout(backbone: Backbone, asked: str | None, prefix: Prefix | None, requires_grad: bool) -> str:
+    why_not = backbone.why_not_packed
+    if (prefix is not None or asked == "packed") and why_not is not None:
+        name = "prefix" if prefix is not None else "layout"
+        raise ValueError(f"{name}: this backbone cannot take packed texts: {why_not}")
+    if prefix is not None and asked not in (None, "packed"):
+        raise ValueError(f"layout must be None or 'packed' with a prefix, got {asked!r}")
+    if asked is not None:
+        return asked
+    return "packed" if why_not is None else "padded" if requires_grad else "exact"
 
 
 def encode_prefix(backbone: Backbone, texts: Sequence[str], *, behind: Prefix | None, adapter: bool) -> Prefix:
@@ -125,7 +134,7 @@ def encode_prefix(backbone: Backbone, texts: Sequence[str], *, behind: Prefix | 
         offsets = offsets_of([len(row) for row in ids])
         flat = torch.tensor([token for row in ids for token in row]).to(backbone.device)
         counts = None if behind is None else torch.ones(len(behind), dtype=torch.int64)
-        off = nullcontext() if adapter or backbone.lora is None else backbone.model.disable_adapter()
+        off = nullcontext() if adapter or backbone.lora is None else adapter_off(backbone.model)
         with torch.no_grad(), off:
             packed_forward(backbone.model, offsets, input_ids=flat, prefix=behind, counts=counts, kept=kept)
     finally:
@@ -267,13 +276,15 @@ def _jobs(
     backbone: Backbone, texts: Sequence[str], soft_prompt: SoftPrompt | None, soft_ids: Mapping[str, Ids] | None,
     prefix: Prefix | None, prefix_ids: Sequence[int] | Tensor | None,
 ) -> list[_Job]:  # fmt: skip
-    ids = tokenize(backbone, texts, special=prefix is None)
-    soft: list[list[int]] = [[]] * len(ids)
+    soft: list[list[int]] = [[]] * len(texts)
+    room = backbone.max_length
     if soft_prompt is not None:
-        soft_prompt.check_width(backbone.hidden_size)
-        soft = soft_prompt.rows(len(ids), soft_ids).tolist()
+        soft_prompt.check_fits(backbone.input_width, room)
+        soft = soft_prompt.rows(len(texts), soft_ids).tolist()
+        room -= soft_prompt.length
     elif soft_ids is not None:
         raise ValueError("soft_ids go with soft_prompt, got them without one")
+    ids = tokenize(backbone, texts, special=prefix is None, most=room)
     chosen = _prefix_ids(len(ids), prefix, prefix_ids)
     return [_Job(tuple(row), tuple(s), p) for row, s, p in zip(ids, soft, chosen, strict=True)]
 
@@ -287,18 +298,18 @@ def _prefix_ids(n: int, prefix: Prefix | None, given: Sequence[int] | Tensor | N
         if len(prefix) != 1:
             raise ValueError(f"prefix_ids must be given where there are {len(prefix)} prefixes")
         return [0] * n
-    ids = given.tolist() if isinstance(given, Tensor) else [int(i) for i in given]
-    if len(ids) != n or not all(0 <= i < len(prefix) for i in ids):
+    ids = given.tolist() if isinstance(given, Tensor) else list(given)
+    if len(ids) != n or not all(isinstance(i, int) and 0 <= i < len(prefix) for i in ids):
         raise ValueError(f"prefix_ids must be {n} integers in [0, {len(prefix)}), got {ids[:8]}")
     return ids
 
 
-def tokenize(backbone: Backbone, texts: Sequence[str], *, special: bool) -> list[list[int]]:
-    """Token ids of each text, at most `backbone.max_length`, with the tokenizer's special tokens or without."""
+def tokenize(backbone: Backbone, texts: Sequence[str], *, special: bool, most: int | None = None) -> list[list[int]]:
+    """Token ids of each text, at most `most` or `backbone.max_length`, with the tokenizer's special ones or without."""
     ids: list[list[int]] = []
     for start in range(0, len(texts), _TOKENIZE_CHUNK):
         batch = backbone.tokenizer(
-            list(texts[start : start + _TOKENIZE_CHUNK]), truncation=True, max_length=backbone.max_length,
+            list(texts[start : start + _TOKENIZE_CHUNK]), truncation=True, max_length=most or backbone.max_length,
             padding=False, return_attention_mask=False, return_token_type_ids=False, add_special_tokens=special,
         )  # fmt: skip
         ids.extend(batch["input_ids"])

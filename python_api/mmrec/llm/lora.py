@@ -6,7 +6,8 @@ import dataclasses
 import json
 import tempfile
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,6 +117,18 @@ def attention_linears(model: nn.Module) -> tuple[str, ...]:
     if not found:
         raise ValueError("lora.targets='attention': the model has no Linear layer inside an attention block; name them")
     return tuple(sorted(found))
+
+
+@contextmanager
+def adapter_off(model: Any) -> Iterator[None]:
+    """Computes without the adapter inside; peft's own switch would make what is frozen trainable after it."""
+    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        with model.disable_adapter():
+            yield
+    finally:
+        for parameter, needed in needs:
+            parameter.requires_grad_(needed)
 
 
 def adapter_state(model: Any) -> dict[str, Tensor]:

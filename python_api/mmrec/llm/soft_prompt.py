@@ -32,7 +32,6 @@ class SoftPrompt(nn.Module):
     Attributes:
         tables: as given.
         length: vectors before each text.
-        vectors: name → parameter `[entries + 1, vectors, d]`, float32.
     """
 
     def __init__(
@@ -54,12 +53,16 @@ class SoftPrompt(nn.Module):
         else:
             start = init.detach().float()[torch.arange(self.length) % len(init)]
         parts = start.split([vectors for _, vectors in self.tables.values()])
-        self.vectors = nn.ParameterDict(
-            {
-                name: part.expand(entries + 1, -1, -1).clone()
-                for (name, (entries, _)), part in zip(self.tables.items(), parts, strict=True)
-            }
+        # A list: a ParameterDict would sort the names, and refuse some ("items").
+        self._tables = nn.ParameterList(
+            part.expand(entries + 1, -1, -1).clone()
+            for (entries, _), part in zip(self.tables.values(), parts, strict=True)
         )
+
+    @property
+    def vectors(self) -> dict[str, nn.Parameter]:
+        """Name → parameter `[entries + 1, vectors, d]`, float32; the last entry is that of id −1."""
+        return dict(zip(self.tables, self._tables, strict=True))
 
     def rows(self, n: int, ids: Mapping[str, Ids] | None = None) -> Tensor:
         """int64 `[n, tables]`, the entry of each table for each of n texts, the last one for −1.
@@ -87,13 +90,14 @@ class SoftPrompt(nn.Module):
 
     def forward(self, rows: Tensor) -> Tensor:
         """`rows` as `self.rows` gives them, int64 `[n, tables]`, to `[n, length, d]` float32."""
-        tables = list(self.vectors.values())
-        return torch.cat([t[rows[:, i].to(t.device)] for i, t in enumerate(tables)], dim=1)
+        return torch.cat([t[rows[:, i].to(t.device)] for i, t in enumerate(self._tables)], dim=1)
 
-    def check_width(self, width: int) -> None:
-        """Raises ValueError if the vectors are not of `width`."""
+    def check_fits(self, width: int, max_length: int) -> None:
+        """Raises ValueError if the vectors are not of `width`, or leave no room for a text in `max_length` tokens."""
         if width != self.width:
             raise ValueError(f"soft_prompt must have vectors of width {width}, got {self.width}")
+        if self.length >= max_length:
+            raise ValueError(f"soft_prompt must have fewer vectors than max_length, {max_length}, got {self.length}")
 
     def save(self, folder: str | Path) -> None:
         """Write `soft_prompt.safetensors` into `folder`, atomically."""
@@ -115,7 +119,10 @@ class SoftPrompt(nn.Module):
                 content = json.loads((file.metadata() or {})[_METADATA])
                 state = {name: file.get_tensor(name) for name in file.keys()}
             found = cls({name: tuple(sizes) for name, sizes in content["tables"].items()}, content["width"])
-            found.vectors.load_state_dict(state)
+            for name, vectors in found.vectors.items():
+                vectors.data.copy_(state.pop(name))
+            if state:
+                raise ValueError(f"it holds {min(state)!r}, which is no table of it")
         except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
             raise ValueError(f"folder: the soft prompt in {str(folder)!r} is damaged: {error}") from error
         return found

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from . import swap_blocks, swap_linear
-from .attention import _implementations, register_attention
+from .attention import implementations, register_attention
 from .experts import register_experts
 from .extras import require
 
@@ -172,7 +172,7 @@ def _swap_blocks(swap: Swap, part: str) -> None:
 
 def _swap_attention(swap: Swap) -> None:
     model: Any = swap.model
-    swap._attention = _implementations(model.config)
+    swap._attention = implementations(model.config)
     register_attention(_NAME)
     model.set_attn_implementation(_NAME)
     if model.config._attn_implementation != _NAME:
