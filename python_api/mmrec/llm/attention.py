@@ -74,6 +74,12 @@ def implementations(config: Any) -> dict[str, Any]:
     return found
 
 
+def attention_dropout(config: Any) -> float:
+    """The probability that a model drops weights of its attention with while training, by whatever name."""
+    found = config.get_text_config().to_dict().items()
+    return max((float(v) for k, v in found if "att" in k and "drop" in k and isinstance(v, float)), default=0.0)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,

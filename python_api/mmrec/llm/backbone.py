@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import lora as lora_module
-from .attention import implementations, register_attention
+from .attention import attention_dropout, implementations, register_attention
 from .encode import encode_prefix, encode_texts, tokenize
 from .encoded import Encoded
 from .extras import quiet_transformers
@@ -18,7 +18,7 @@ from .fingerprint import ModelHash, combine, tokenizer_hash
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import LoRAConfig
 from .packed import Prefix, check_rows, packed_forward, padded_forward, why_not_packed, without_cache
-from .quantize import dequantized, keep_unpacked, quantized_linears
+from .quantize import keep_unpacked, quantized_linears
 from .soft_prompt import Ids, SoftPrompt
 from .swap import Swap, swap_kernels
 
@@ -331,7 +331,7 @@ class Backbone:
         """
         self._need_adapter("merge")
         training = self.training
-        dense = {} if requantize else self._merged_linears()
+        dense = {} if requantize else lora_module.merged_linears(self.model, self.dtype)
         self.model = self.model.merge_and_unload() if requantize else self.model.unload()
         for name, layer in dense.items():
             self.model.set_submodule(name, layer)
@@ -388,31 +388,3 @@ class Backbone:
         if self.lora is None:
             raise ValueError(f"{method}: this backbone has no LoRA adapter; load it with lora=…")
         return True
-
-    def _merged_linears(self) -> dict[str, nn.Linear]:
-        from peft.tuners.lora import LoraLayer
-
-        base = self.model.get_base_model()
-        quantized = quantized_linears(base) if self.quantize else {}
-        merged: dict[str, nn.Linear] = {}
-        for name, layer in base.named_modules():
-            if not isinstance(layer, LoraLayer):
-                continue
-            adapted: Any = layer
-            if f"{name}.base_layer" not in quantized:
-                adapted.merge(safe_merge=True)
-                continue
-            inner = adapted.get_base_layer()
-            with torch.no_grad():
-                weight = dequantized(inner).float() + adapted.get_delta_weight(lora_module.ADAPTER).float()
-            linear = nn.Linear(inner.in_features, inner.out_features, inner.bias is not None, device="meta")
-            linear.weight = nn.Parameter(weight.to(self.dtype), requires_grad=False)
-            linear.bias = inner.bias
-            merged[name] = linear
-        return merged
-
-
-def attention_dropout(config: Any) -> float:
-    """The probability that a model drops weights of its attention with while training, by whatever name."""
-    found = config.get_text_config().to_dict().items()
-    return max((float(v) for k, v in found if "att" in k and "drop" in k and isinstance(v, float)), default=0.0)

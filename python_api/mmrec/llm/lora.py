@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..files import write_atomic
 from .extras import require
+from .quantize import dequantized, is_quantized
 
 ADAPTER = "default"
 _INITS: dict[str, bool | str] = {"zero": True, "gaussian": "gaussian", "random": False}
@@ -146,6 +147,29 @@ def set_adapter_state(model: Any, state: Mapping[str, Tensor]) -> None:
         if names:
             raise ValueError(f"the adapter state {what} {len(names)} tensors, first {names[0]!r}")
     require("peft").set_peft_model_state_dict(model, dict(state), adapter_name=ADAPTER)
+
+
+def merged_linears(model: Any, dtype: torch.dtype) -> dict[str, nn.Linear]:
+    """Dense layers in place of the adapted 4-bit ones, by name: decoded weight + scaling · B A. Adapted dense layers
+    are merged where they are."""
+    from peft.tuners.lora import LoraLayer
+
+    merged: dict[str, nn.Linear] = {}
+    for name, layer in model.get_base_model().named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        adapted: Any = layer
+        inner = adapted.get_base_layer()
+        if not is_quantized(inner):
+            adapted.merge(safe_merge=True)
+            continue
+        with torch.no_grad():
+            weight = dequantized(inner).float() + adapted.get_delta_weight(ADAPTER).float()
+        linear = nn.Linear(inner.in_features, inner.out_features, inner.bias is not None, device="meta")
+        linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
+        linear.bias = inner.bias
+        merged[name] = linear
+    return merged
 
 
 def save(model: Any, config: LoRAConfig, folder: Path, base_name: str) -> None:

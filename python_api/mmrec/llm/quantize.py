@@ -11,6 +11,7 @@ Two defects of bitsandbytes 0.50.2 on CPU are kept away from every model loaded 
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import torch
@@ -48,8 +49,13 @@ def skipped_layers(config: Any, model_kwargs: dict[str, Any], device: torch.devi
 
 def quantized_linears(model: nn.Module) -> dict[str, Any]:
     """The bitsandbytes 4-bit layers of `model` by name."""
-    linear4bit = require("bitsandbytes").nn.Linear4bit
-    return {name: module for name, module in model.named_modules() if isinstance(module, linear4bit)}
+    return {name: module for name, module in model.named_modules() if is_quantized(module)}
+
+
+def is_quantized(module: nn.Module) -> bool:
+    """Whether a module is a 4-bit layer of bitsandbytes; False, without importing it, where that is not loaded."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    return bitsandbytes is not None and isinstance(module, bitsandbytes.nn.Linear4bit)
 
 
 def keep_unpacked(model: nn.Module) -> None:
