@@ -18,7 +18,9 @@ LIMITS = {torch.float32: 5e-6, torch.bfloat16: torch.finfo(torch.bfloat16).eps, 
 
 def problems(dtype: torch.dtype, symmetric: bool) -> tuple[Problem, Problem, Problem]:
     """A batch, its rows with the keys that hold their positives, and its rows with the others; copies among these."""
-    query, key = unit(ROWS, WIDTH, dtype, 1), unit(OWN + OTHER, WIDTH, dtype, 2) * 2
+    # On a grid on which products and their sums are exact: a copy's logit is its original's in whatever order they are
+    # added up (the interpreter's products are those of numpy's BLAS, where the order can depend on the column).
+    query, key = ((64 * x).round() / 64 for x in (unit(ROWS, WIDTH, dtype, 1), unit(OWN + OTHER, WIDTH, dtype, 2) * 2))
     options = everything(ROWS, OWN, dtype)
     key[OWN : OWN + 100], log_q = key[:100], torch.randn(OWN + OTHER, generator=torch.Generator().manual_seed(3))
     log_q[OWN : OWN + 100] = log_q[:100]
