@@ -164,6 +164,7 @@ def test_bad_input(qwen2):
     for ids, words in (
         (None, "soft_ids must name 'user', which has 5 entries"),
         ({"user": 5}, r"soft_ids\['user'\] must be in \[-1, 5\), got \[5\]"),
+        ({"user": [0.0, 1.7]}, r"soft_ids\['user'\] must be integers, got torch.float32"),
         ({"user": [0, 1, 2]}, r"soft_ids\['user'\] must be one id or 2, got \[3\]"),
         ({"user": 0, "item": 0}, "there is no table 'item'; there are task, user"),
     ):

@@ -15,16 +15,15 @@ from torch import Tensor, nn
 
 from mmrec_kernels import Segment, cross_modal_attention
 
-from .extras import require
+from .extras import KERNELS, require
 from .packed import KEYWORD, attend
 
 __all__ = ["kernel_attention", "register_attention", "unregister_attention"]
 
-_NAME = "mmrec"
 _ELSE = "set this model to attn_implementation='sdpa'"
 
 
-def register_attention(name: str = _NAME) -> None:
+def register_attention(name: str = KERNELS) -> None:
     """Makes `attn_implementation=name` and `model.set_attn_implementation(name)` mean this package's attention.
 
     Padded positions are skipped, not masked: their keys are not read. Keys and values of grouped heads are not repeated
@@ -36,14 +35,14 @@ def register_attention(name: str = _NAME) -> None:
     _interface("masking_utils", "AttentionMaskInterface").register(name, _mask)
 
 
-def unregister_attention(name: str = _NAME) -> None:
+def unregister_attention(name: str = KERNELS) -> None:
     """Takes the name out again; a model that is still set to it raises KeyError at its next call."""
     for module, kind in (("modeling_utils", "AttentionInterface"), ("masking_utils", "AttentionMaskInterface")):
         _interface(module, kind)._global_mapping.pop(name, None)
 
 
 @contextmanager
-def kernel_attention(model: Any, name: str = _NAME) -> Iterator[Any]:
+def kernel_attention(model: Any, name: str = KERNELS) -> Iterator[Any]:
     """Inside, `model` (of transformers, perhaps wrapped by peft) computes with this package's attention; after it, with
     what it had before.
 
@@ -95,19 +94,19 @@ def _attention(
     """`query [B, H, Lq, D]`, `key`, `value [B, Hkv, Lk, D]`, what `_mask` made, to `[B, Lq, H, Dv]`."""
     for name in ("softcap", "position_bias", "cache"):
         if others.get(name) is not None:
-            raise ValueError(f"attention {_NAME!r} has no {name}, which {type(module).__name__} asks for; {_ELSE}")
+            raise ValueError(f"attention {KERNELS!r} has no {name}, which {type(module).__name__} asks for; {_ELSE}")
     if others.get("output_attentions"):
-        raise ValueError(f"attention {_NAME!r} cannot return weights (output_attentions); set 'eager' for that")
+        raise ValueError(f"attention {KERNELS!r} cannot return weights (output_attentions); set 'eager' for that")
     if dropout:
         raise ValueError(
-            f"attention {_NAME!r} has no dropout, {type(module).__name__} asks for {dropout}: "
+            f"attention {KERNELS!r} has no dropout, {type(module).__name__} asks for {dropout}: "
             "set the model's attention dropout to 0"
         )
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     packed = others.get(KEYWORD)
     if packed is not None:
         if s_aux is not None or query.shape[0] != 1:
-            raise ValueError(f"attention {_NAME!r} takes packed texts in one row and without sinks")
+            raise ValueError(f"attention {KERNELS!r} takes packed texts in one row and without sinks")
         causal = causal and getattr(getattr(module, "config", None), "is_causal", True)
         return attend(module, query, key, value, packed, causal=causal, scale=scaling), None
     present = None
@@ -160,7 +159,7 @@ def _padding(mask: Tensor, query: Tensor, module: nn.Module) -> Tensor:
     if mask.dtype == torch.bool and mask.ndim == 2 and mask.shape[0] == batch:
         return mask
     raise ValueError(
-        f"attention {_NAME!r} takes padding masks, bool [B, Lk], got {mask.dtype} {list(mask.shape)} "
+        f"attention {KERNELS!r} takes padding masks, bool [B, Lk], got {mask.dtype} {list(mask.shape)} "
         f"in {type(module).__name__}; {_ELSE}"
     )
 
@@ -222,6 +221,6 @@ def _is_causal(seen: Tensor, ahead: int) -> bool:
     if bool(seen.all()):
         return False
     raise ValueError(
-        f"attention {_NAME!r} masks causally or not at all, beside padding; this is neither (packed texts, blocks, "
+        f"attention {KERNELS!r} masks causally or not at all, beside padding; this is neither (packed texts, blocks, "
         f"or a sliding window of fewer than {keys} keys): {_ELSE}"
     )

@@ -13,7 +13,7 @@ from . import lora as lora_module
 from .attention import attention_dropout, implementations, register_attention
 from .encode import encode_prefix, encode_texts, tokenize
 from .encoded import Encoded
-from .extras import quiet_transformers
+from .extras import KERNELS, quiet_transformers
 from .fingerprint import ModelHash, combine, tokenizer_hash
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import LoRAConfig
@@ -132,7 +132,7 @@ class Backbone:
         self.model.train(mode)
         if self._own_attention is not None:
             own = mode and attention_dropout(self.model.config) > 0
-            self.model.set_attn_implementation(self._own_attention if own else "mmrec")
+            self.model.set_attn_implementation(self._own_attention if own else KERNELS)
         return self
 
     def eval(self) -> Backbone:
@@ -257,7 +257,7 @@ class Backbone:
     @property
     def why_not_packed(self) -> str | None:
         """Why this backbone cannot take packed texts and prefixes in its current mode, or None: it can."""
-        if self._own_attention is not None and self.model.config._attn_implementation != "mmrec":
+        if self._own_attention is not None and self.model.config._attn_implementation != KERNELS:
             return "its attention has dropout while training" if self.training else "its attention was set to another"
         return self._why_not_packed
 
@@ -265,7 +265,7 @@ class Backbone:
         """Keys and values of texts that others go on from (`encode(prefix=…)`): a user's history before many items.
 
         A text that goes on from a prefix sees it as if both were one text, up to rounding; the prefix is computed and
-        held once. Causal models only. Computed in eval mode without a graph.
+        held once, with the weights and the adapter of now. Causal models only. Computed in eval mode without a graph.
 
         Args:
             texts: one or n strings, each cut to `max_length` tokens; special tokens are added (not with `behind`).
@@ -374,7 +374,7 @@ class Backbone:
         register_attention()
         with quiet_transformers():
             try:
-                self.model.set_attn_implementation("mmrec")
+                self.model.set_attn_implementation(KERNELS)
             except ValueError as error:
                 self._why_not_packed = str(error)
                 return

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from . import lora as lora_module
 from .encode import offsets_of, plan_batches
-from .extras import quiet_transformers, require
+from .extras import KERNELS, quiet_transformers, require
 from .loading import load_config, load_model, resolve_source
 from .packed import Prefix, packed_forward, padded_forward, without_cache
 from .quantize import dequantized, keep_unpacked, quantized_linears
@@ -225,7 +225,7 @@ def _call(model: Model, given: Inputs, mode: str) -> Callable[[], list[Tensor]]:
         return _inference(lambda: model(input_ids=ids, **without_cache(model))[0])
     if len(ids) == 1:
         return _next_token(model, ids, cached)
-    if model.config._attn_implementation == "mmrec":
+    if model.config._attn_implementation == KERNELS:
         return _behind_a_prefix(model, ids, cached)
     return _with_repeated_cache(model, ids, cached)
 
@@ -239,7 +239,7 @@ def _inference(function: Callable[[], Tensor]) -> Callable[[], list[Tensor]]:
 
 
 def _ragged(model: Model, ids: Tensor, offsets: Tensor) -> Callable[[], list[Tensor]]:
-    if model.config._attn_implementation == "mmrec":
+    if model.config._attn_implementation == KERNELS:
         return _inference(lambda: packed_forward(model, offsets, input_ids=ids))
     texts = ids.split(offsets.diff().tolist())
     plans = [_padded(model, texts, budget) for budget in (1024, 4096)]

@@ -73,7 +73,7 @@ def encode_texts(
             after Ctrl-C.
         layout: "packed", "exact" or "padded" batches. None: packed where the backbone can, else exact, and for
             `requires_grad`, where few large batches matter more than bits, padded.
-        soft_prompt: its vectors come before each text's tokens, by `soft_ids` (see `SoftPrompt.forward`).
+        soft_prompt: its vectors come before each text's tokens, by `soft_ids` (see `SoftPrompt.rows`).
         prefix: what each text goes on from (`Backbone.prefix`): it sees the prefix's tokens, and its own positions
             begin behind them. Special tokens are then not added to the texts.
         prefix_ids: which of several prefixes, `[n]`. None: the only one.

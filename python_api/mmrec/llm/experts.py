@@ -16,15 +16,14 @@ from torch.nn import functional as F
 
 from mmrec_kernels import mixture_of_experts
 
-from .extras import require
+from .extras import KERNELS, require
 
 __all__ = ["kernel_experts", "register_experts", "unregister_experts"]
 
-_NAME = "mmrec"
 _ELSE = "set this model to experts_implementation='grouped_mm'"
 
 
-def register_experts(name: str = _NAME) -> None:
+def register_experts(name: str = KERNELS) -> None:
     """Makes `experts_implementation=name` and `model.set_experts_implementation(name)` mean this package's experts.
 
     The router stays the model's own; tokens are neither sorted nor copied per expert, and pre-activations are the most
@@ -35,13 +34,13 @@ def register_experts(name: str = _NAME) -> None:
     _interface().register(name, _experts)
 
 
-def unregister_experts(name: str = _NAME) -> None:
+def unregister_experts(name: str = KERNELS) -> None:
     """Takes the name out again; a model that is still set to it raises KeyError at its next call."""
     _interface()._global_mapping.pop(name, None)
 
 
 @contextmanager
-def kernel_experts(model: Any, name: str = _NAME) -> Iterator[Any]:
+def kernel_experts(model: Any, name: str = KERNELS) -> Iterator[Any]:
     """Inside, `model` (of transformers, perhaps wrapped by peft) computes its experts with this package; after it, with
     what it had before.
 
@@ -92,7 +91,9 @@ def _experts(module: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weig
     """`hidden_states [T, d]`, `top_k_index` and `top_k_weights [T, k]` to `[T, d]`, with the parameters of `module`."""
     kind = _Kind.of(module)
     if kind.has_post_expert_norm:
-        raise ValueError(f"experts {_NAME!r} have no norm behind each expert, as {type(module).__name__} has; {_ELSE}")
+        raise ValueError(
+            f"experts {KERNELS!r} have no norm behind each expert, as {type(module).__name__} has; {_ELSE}"
+        )
     activation = _activation(module, kind)
     up = "gate_up_proj" if kind.has_gate else "up_proj"
     w_in, w_out = getattr(module, up), module.down_proj
@@ -111,15 +112,15 @@ def _activation(module: Any, kind: _Kind) -> str:
 
     owner = type(module).__name__
     if kind.has_gate and not kind.is_concatenated:
-        raise ValueError(f"experts {_NAME!r} need gates in front of ups, {owner} has them interleaved; {_ELSE}")
+        raise ValueError(f"experts {KERNELS!r} need gates in front of ups, {owner} has them interleaved; {_ELSE}")
     usual = type(module)._apply_gate is moe._default_apply_gate and "_apply_gate" not in module.__dict__
     if kind.has_gate and not usual:
-        raise ValueError(f"experts {_NAME!r} have no gate like that of {owner}; {_ELSE}")
+        raise ValueError(f"experts {KERNELS!r} have no gate like that of {owner}; {_ELSE}")
     name = _activation_name(module.act_fn)
     if kind.has_gate:
         name = {"silu": "swiglu", "gelu": "geglu"}.get(name, "")
     if not name:
-        raise ValueError(f"experts {_NAME!r} have no activation {module.act_fn}, which {owner} asks for; {_ELSE}")
+        raise ValueError(f"experts {KERNELS!r} have no activation {module.act_fn}, which {owner} asks for; {_ELSE}")
     return name
 
 

@@ -9,6 +9,9 @@ from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
+# What transformers knows this package's attention and experts by, once they are registered.
+KERNELS = "mmrec"
+
 
 def require(module: str) -> ModuleType:
     """Import `module` on first use; raises ImportError that names the pip extra when it is not installed."""

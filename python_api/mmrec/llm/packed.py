@@ -22,10 +22,11 @@ from torch import Tensor, nn
 
 from mmrec_kernels import Segment, cross_modal_attention
 
+from .extras import KERNELS
+
 KEYWORD = "mmrec_packed"
 _LAYERS = {"full_attention", "sliding_attention"}
-# Tokens per text. Measured on CPU, 14 query heads on 2 of width 64, bfloat16, 64 texts behind 512 tokens: cascade over
-# index takes 0.63 times as long at 1 token, 0.99 at 2, 1.4 at 8.
+# Tokens per text, on average. Behind 512 tokens the cascade was faster on CPU at one, level at two and slower at eight.
 _CASCADE_BELOW = 2
 # Models with no more than this many are tried with a row of more: some (CLIP's) count positions by rows.
 _FEW_POSITIONS = 256
@@ -286,7 +287,7 @@ def why_not_packed(model: Any, own: Any, longest: int) -> str | None:
     except Exception as error:  # whatever a model that is not made for this runs into
         return f"{type(error).__name__}: {error}"
     finally:
-        model.set_attn_implementation("mmrec")
+        model.set_attn_implementation(KERNELS)
 
 
 def _try_out(model: Any, own: Any) -> str | None:

@@ -80,7 +80,10 @@ class SoftPrompt(nn.Module):
         for name, (entries, _) in self.tables.items():
             if name not in given and entries > 1:
                 raise ValueError(f"soft_ids must name {name!r}, which has {entries} entries")
-            found = torch.as_tensor(given.get(name, 0), dtype=torch.int64, device="cpu")
+            found = torch.as_tensor(given.get(name, 0), device="cpu")
+            if found.numel() and (found.is_floating_point() or found.dtype == torch.bool):
+                raise ValueError(f"soft_ids[{name!r}] must be integers, got {found.dtype}")
+            found = found.to(torch.int64)
             if found.shape not in ((), (n,)):
                 raise ValueError(f"soft_ids[{name!r}] must be one id or {n}, got {list(found.shape)}")
             if found.numel() and not (int(found.min()) >= -1 and int(found.max()) < entries):

@@ -15,11 +15,10 @@ from torch import nn
 from . import swap_blocks, swap_linear
 from .attention import implementations, register_attention
 from .experts import register_experts
-from .extras import require
+from .extras import KERNELS, require
 
 __all__ = ["Swap", "SwappedLayer", "swap_kernels"]
 
-_NAME = "mmrec"
 _FOREIGN = "its forward was replaced by something else (a hook, another patch): left as it is"
 _BLOCKS = {
     "norm": (swap_blocks.is_norm, swap_blocks.refuse_norm, swap_blocks.norm_forward),
@@ -173,9 +172,9 @@ def _swap_blocks(swap: Swap, part: str) -> None:
 def _swap_attention(swap: Swap) -> None:
     model: Any = swap.model
     swap._attention = implementations(model.config)
-    register_attention(_NAME)
-    model.set_attn_implementation(_NAME)
-    if model.config._attn_implementation != _NAME:
+    register_attention(KERNELS)
+    model.set_attn_implementation(KERNELS)
+    if model.config._attn_implementation != KERNELS:
         raise ValueError(f"attention: model {type(model).__name__} does not let its attention be chosen")
     swap._layers.append(SwappedLayer("", "attention", None))
 
@@ -184,9 +183,9 @@ def _swap_experts(swap: Swap) -> None:
     kind = require("transformers").PreTrainedModel
     parts: list[Any] = [part for part in swap.model.modules() if isinstance(part, kind)]
     swap._experts = [(part, part.config._experts_implementation) for part in parts]
-    register_experts(_NAME)
+    register_experts(KERNELS)
     for part in parts:
-        part.set_experts_implementation(_NAME)
-    if all(part.config._experts_implementation != _NAME for part in parts):
+        part.set_experts_implementation(KERNELS)
+    if all(part.config._experts_implementation != KERNELS for part in parts):
         raise ValueError(f"experts: model {type(swap.model).__name__} has no experts that can be chosen")
     swap._layers.append(SwappedLayer("", "experts", None))
