@@ -17,8 +17,8 @@ namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
-using small_route::Float32;
-using small_route::Narrow;
+using elements::Float32;
+using elements::Narrow;
 
 template <typename X, typename G, int kE>
 __global__ void __launch_bounds__(256) small_route_kernel(const __grid_constant__ SmallRouteParams p) {

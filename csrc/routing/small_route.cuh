@@ -10,7 +10,7 @@
 // reference.py.
 #pragma once
 
-#include "../common/warp.cuh"
+#include "../common/elements.cuh"
 
 namespace mmrec {
 
@@ -35,41 +35,6 @@ struct SmallRouteParams {
   int x_aligned, gate_aligned, divides;
   SmallScore score;
 };
-
-namespace small_route {
-
-struct Float32 {
-  static constexpr int kBytes = 4;
-  static MMREC_DEVICE float one(const char* at) { return *reinterpret_cast<const float*>(at); }
-  static MMREC_DEVICE void eight(const char* at, float (&out)[8]) {
-    for (int half = 0; half < 2; ++half) {
-      const auto four = *(reinterpret_cast<const warp::Words<4>*>(at) + half);
-      for (int i = 0; i < 4; ++i) memcpy(&out[4 * half + i], &four.word[i], 4);
-    }
-  }
-};
-
-template <typename T>
-struct Narrow {
-  static constexpr int kBytes = 2;
-  static MMREC_DEVICE float one(const char* at) { return T::low(*reinterpret_cast<const uint16_t*>(at)); }
-  static MMREC_DEVICE void eight(const char* at, float (&out)[8]) {
-    const auto four = *reinterpret_cast<const warp::Words<4>*>(at);
-    for (int i = 0; i < 4; ++i) {
-      out[2 * i] = T::low(four.word[i]);
-      out[2 * i + 1] = T::high(four.word[i]);
-    }
-  }
-};
-
-// Elements [d, d + 8) of a row of `width`, 0 behind it.
-template <typename T>
-MMREC_DEVICE void load_eight(const char* row, int d, int width, bool aligned, float (&out)[8]) {
-  if (aligned) return T::eight(row + d * T::kBytes, out);
-  for (int i = 0; i < 8; ++i) out[i] = d + i < width ? T::one(row + (d + i) * T::kBytes) : 0.0f;
-}
-
-}  // namespace small_route
 
 // X, G: element types of x and the gate. kE: experts, rounded up to 8, 16, 32 or 64.
 template <typename X, typename G, int kE>
@@ -209,8 +174,8 @@ struct SmallRoute {
     float sums[4] = {};
     for (int d = 0; d < p.width; d += 8) {
       float a[8], b[8];
-      small_route::load_eight<X>(row, d, p.width, p.x_aligned != 0, a);
-      small_route::load_eight<G>(gate, d, p.width, p.gate_aligned != 0, b);
+      elements::load_eight<X>(row, d, p.width, p.x_aligned != 0, a);
+      elements::load_eight<G>(gate, d, p.width, p.gate_aligned != 0, b);
       for (int i = 0; i < 8; ++i) sums[i % 4] = fmaf(a[i], b[i], sums[i % 4]);
     }
     return (sums[0] + sums[1]) + (sums[2] + sums[3]);

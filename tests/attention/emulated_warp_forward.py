@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,21 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from emulated import compile_for_host
 from mmrec_kernels.attention.arguments import Arguments
-from paths import ROOT
 
 
 def build(folder: Path) -> Callable[..., tuple[Tensor, Tensor, Tensor]]:
     """Compiles csrc/attention/warp_forward.cuh for the host and gives its launcher."""
-    library = folder / "emulated_forward.so"
-    command = [
-        os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-mf16c", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-shared", "-fPIC", "-I", str(ROOT / "tests"),
-        str(ROOT / "tests" / "attention" / "emulated_forward.cpp"),
-        "-o", str(library),
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
-    attend = ctypes.CDLL(str(library)).emulated_forward
+    attend = compile_for_host("attention/emulated_forward.cpp", folder).emulated_forward
 
     def forward(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         *inputs, return_mass = arguments

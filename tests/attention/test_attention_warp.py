@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable
 from typing import Any
 
@@ -12,13 +11,13 @@ from attention_oracle import CASES, EVERYTHING, FLAGS, Case, oracle
 from emulated_warp_forward import build
 from mmrec_kernels.benchmarks import attention as benchmark
 
+from emulated import HERE
 from mmrec_kernels import library, schemas
 from mmrec_kernels.attention import cross_modal_attention
 from numerics import FLOORS, errors
 from paths import ROOT
 from providers import serve_gpu_code
 
-HERE = pytest.mark.skipif(platform.machine() != "x86_64", reason="the emulation converts float16 by x86 instructions")
 DTYPES = (torch.bfloat16, torch.float16)
 MORE = {
     "two tiles of rows": lambda **k: Case([[20, 3, 0], [9, 0, 0]], [13, 2, 9], extras=EVERYTHING, **k),

@@ -5,8 +5,8 @@
 namespace {
 
 using namespace mmrec;
-using small_route::Float32;
-using small_route::Narrow;
+using elements::Float32;
+using elements::Narrow;
 
 template <typename X, typename G, int kE>
 void route(const SmallRouteParams& p) {

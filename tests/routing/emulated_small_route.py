@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from paths import ROOT
+from emulated import compile_for_host
 
 _KINDS = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _SCORES = ("softmax", "topk_softmax", "sigmoid")
@@ -19,14 +17,7 @@ _SCORES = ("softmax", "topk_softmax", "sigmoid")
 
 def build(folder: Path) -> Callable[..., tuple[Tensor, ...]]:
     """Compiles csrc/routing/small_route.cuh for the host and gives its launcher."""
-    library = folder / "emulated_small_route.so"
-    command = [
-        os.environ.get("CXX", "c++"), "-std=c++17", "-O1", "-mf16c", "-Wall", "-Wextra", "-Werror",
-        "-Wno-unknown-pragmas", "-shared", "-fPIC", "-I", str(ROOT / "tests"),
-        str(ROOT / "tests" / "routing" / "emulated_small_route.cpp"), "-o", str(library),
-    ]  # fmt: skip
-    subprocess.run(command, check=True)
-    run = ctypes.CDLL(str(library)).emulated_route
+    run = compile_for_host("routing/emulated_small_route.cpp", folder).emulated_route
 
     def forward(
         x: Tensor, gate_weight: Tensor, modality: Tensor | None, allowed: Tensor | None, bias: Tensor | None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import platform
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -14,14 +13,13 @@ from routing_providers import use_reference
 from test_routing_kernel import inputs
 from torch import Tensor
 
+from emulated import HERE
 from mmrec_kernels import library, schemas
 from mmrec_kernels.routing import route
 from mmrec_kernels.routing.router import SCORES
 from numerics import errors
 from paths import ROOT
 
-# The host's side of it is written for x86.
-HERE = pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the emulated warp needs an x86 host")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
