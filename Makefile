@@ -84,7 +84,7 @@ gpu-report:
 	$(PYTHON) -m pip install -q --no-build-isolation --no-deps -e .
 	$(PYTHON) -m pytest -m gpu -q
 	for op in retrieval infonce attention routing nf4; do \
-		case $$op in retrieval | attention | routing) more=--candidates ;; *) more= ;; esac; \
+		case $$op in retrieval | attention | routing | nf4) more=--candidates ;; *) more= ;; esac; \
 		$(PYTHON) -m mmrec_kernels.benchmarks --op $$op --device cuda --shapes full $$more --json-dir benchmarks/results || exit 1; \
 	done
 

@@ -16,6 +16,8 @@ from . import measure, table
 from .case import MODES, Case
 
 OPS = ("attention", "infonce", "routing", "nf4", "retrieval")
+# Those that have a CUDA C++ kernel that does not serve yet.
+CANDIDATES = ("attention", "routing", "nf4", "retrieval")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -32,7 +34,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--candidates",
         action="store_true",
-        help="also our CUDA C++ kernels that do not serve yet; retrieval and attention on cuda",
+        help=f"also our CUDA C++ kernels that do not serve yet; {', '.join(CANDIDATES)} on cuda",
     )
     parser.add_argument("--where", metavar="SIZE=N[,SIZE=N]", help="only shapes of these sizes, named as in the table")
     parser.add_argument("--threads", type=int, metavar="N", help="default: torch's own choice")
@@ -113,9 +115,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     modes = _chosen(parser, "--mode", args.mode, getattr(module, "MODES", MODES), args.op)
     options = _ks(parser, args, module)
     if args.candidates:
-        if args.op not in ("retrieval", "attention", "routing") or args.device != "cuda":
+        if args.op not in CANDIDATES or args.device != "cuda":
             parser.error(
-                f"--candidates is an option of retrieval, attention and routing on cuda, got {args.op} on {args.device}"
+                f"--candidates is an option of {', '.join(CANDIDATES)} on cuda, got {args.op} on {args.device}"
             )
         options["candidates"] = True
     path = _path(parser, args)

@@ -91,11 +91,13 @@ def our_name(raw_op: str, device: str) -> str:
     raise LookupError(f"no provider of {raw_op} was announced for {device}")
 
 
-def by_candidate(candidate: Any, function: Call) -> Call:
-    """`function`, a call of a public function, with another of our kernels in place of the provider of its raw op."""
+def by_candidate(candidate: Any, function: Call, of: Any = None) -> Call:
+    """`function`, a call of a public function, with another of our kernels in place of the provider of its raw op: of
+    each that it calls, or of the op `of`."""
 
     def call() -> Any:
-        served, library.call = library.call, lambda op, *args: candidate(*args)
+        served = library.call
+        library.call = lambda op, *args: candidate(*args) if of in (None, op) else served(op, *args)
         try:
             return function()
         finally:

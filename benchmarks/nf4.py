@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
+from .. import schemas
 from ..nf4 import LoRA, NF4Weight, nf4_linear
-from .case import MODES, Call, Case, Inputs, Provider, Work, against, generator, in_mode, our_name, torch_dtype
+from .case import (
+    MODES,
+    Call,
+    Case,
+    Inputs,
+    Provider,
+    Work,
+    against,
+    by_candidate,
+    generator,
+    in_mode,
+    our_name,
+    torch_dtype,
+)
 from .nf4_peers import SCALING, leaves_of, peers, with_adapters
 
 OP = "nf4"
@@ -40,12 +54,16 @@ SHAPES = {
 }
 
 
-def cases(shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES) -> list[Case]:
-    """One case per shape, dtype and mode."""
-    return [case(shape, dtype, device, mode) for shape in SHAPES[shapes] for dtype in dtypes for mode in modes]
+def cases(
+    shapes: str, device: str, dtypes: Sequence[str], modes: Sequence[str] = MODES, candidates: bool = False
+) -> list[Case]:
+    """One case per shape, dtype and mode; with `candidates` also by the CUDA C++ kernel that does not serve yet."""
+    return [
+        case(shape, dtype, device, mode, candidates) for shape in SHAPES[shapes] for dtype in dtypes for mode in modes
+    ]
 
 
-def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
+def case(shape: dict[str, int], dtype: str, device: str, mode: str, candidates: bool = False) -> Case:
     """The case of `shape`. Once: 4-bit codes with a byte per 64 of them, input, float32 adapters; no dense weight."""
     rows, out, width, rank, adapters = shape.values()
     size = torch_dtype(dtype).itemsize
@@ -58,6 +76,8 @@ def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
         "backward": Work(product + 2 * low_rank, weight + adapter + y + (x if rank else 0), x + adapter),
         "full": Work(2 * product + 3 * low_rank, weight + adapter + x + y, x + y + adapter),
     }[mode]
+    small = Provider("mmrec (CUDA C++, up to 64 tokens)", ours_by_small, ours=True)
+    takes = candidates and rows <= 64 and width % 32 == 0 and dtype != "float32" and mode != "backward"
     return Case(
         OP,
         shape,
@@ -65,7 +85,11 @@ def case(shape: dict[str, int], dtype: str, device: str, mode: str) -> Case:
         device,
         mode,
         work,
-        (Provider(our_name("_nf4_forward", device), _ours, ours=True), *peers(device, dtype, mode, shape)),
+        (
+            Provider(our_name("_nf4_forward", device), _ours, ours=True),
+            *((small,) if takes else ()),
+            *peers(device, dtype, mode, shape),
+        ),
         inputs=lambda: inputs(shape, dtype, device),
         judge=lambda given: _judge(given, mode),
         compute_dtype=torch_dtype(dtype),
@@ -103,6 +127,11 @@ def _ours(given: Inputs, mode: str) -> Call:
         return nf4_linear(x, weight, lora=LoRA(a, b, SCALING), adapter_ids=given["adapter_ids"])
 
     return in_mode(layer, leaves, given["grad"], mode)
+
+
+def ours_by_small(given: Inputs, mode: str) -> Call:
+    """By the CUDA C++ kernel for few tokens; the backward pass is that which serves."""
+    return by_candidate(schemas.nf4_forward_small, _ours(given, mode), of=schemas.nf4_forward)
 
 
 def _judge(given: Inputs, mode: str) -> Callable[[Any], dict[str, float]]:

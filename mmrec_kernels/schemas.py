@@ -210,12 +210,14 @@ def infonce_backward(
 # the a of each row's adapter.
 
 
-@_define(
-    "_nf4_forward(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset,"
+_NF4_FORWARD = (
+    "(Tensor x, Tensor packed, Tensor absmax, Tensor? nested_absmax, Tensor? nested_code, Tensor? offset,"
     " SymInt out_features, int blocksize, Tensor? bias, Tensor? lora_a, Tensor? lora_b, float scaling,"
     " Tensor? scalings, Tensor? adapter_ids, bool save_lora_x) -> (Tensor, Tensor)"
 )
-def nf4_forward(
+
+
+def _nf4_forward_fake(
     x: Tensor,
     packed: Tensor,
     absmax: Tensor,
@@ -234,6 +236,11 @@ def nf4_forward(
 ) -> tuple[Tensor, Tensor]:
     saved = (x.shape[0], lora_a.shape[1]) if save_lora_x and lora_a is not None else (0,)
     return x.new_empty((x.shape[0], out_features)), x.new_empty(saved, dtype=statistics_dtype(x.dtype))
+
+
+nf4_forward = _define("_nf4_forward" + _NF4_FORWARD)(_nf4_forward_fake)
+# CUDA C++ for up to 64 tokens: the same op by another kernel, for the benchmark until a GPU run shows it faster.
+nf4_forward_small = _define("_nf4_forward_small" + _NF4_FORWARD)(_nf4_forward_fake)
 
 
 @_define(

@@ -78,6 +78,10 @@ struct Emulator {
   }
 };
 
+inline float times(float a, float b) { return a * b; }
+inline float plus(float a, float b) { return a + b; }
+inline void read_once(const void* at, uint32_t (&word)[4]) { std::memcpy(word, at, 16); }
+
 inline int ones(uint32_t word) { return __builtin_popcount(word); }
 template <typename T>
 T from_others(const T* at) { return *at; }

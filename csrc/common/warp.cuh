@@ -19,10 +19,21 @@ constexpr unsigned kAll = 0xffffffffu;
 
 MMREC_DEVICE float reciprocal_root(float x) { return rsqrtf(x); }
 
+// Rounded each, where a compiler would make one multiply-add of both.
+MMREC_DEVICE float times(float a, float b) { return __fmul_rn(a, b); }
+MMREC_DEVICE float plus(float a, float b) { return __fadd_rn(a, b); }
+
 MMREC_DEVICE int ones(uint32_t word) { return __popc(word); }
 // What other blocks of this launch have written: past the first level of cache.
 template <typename T>
 MMREC_DEVICE T from_others(const T* at) { return __ldcg(at); }
+
+// 16 bytes that nobody writes meanwhile and this multiprocessor needs once: they take no room in the first level of cache.
+MMREC_DEVICE void read_once(const void* at, uint32_t (&word)[4]) {
+  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0,%1,%2,%3}, [%4];"
+      : "=r"(word[0]), "=r"(word[1]), "=r"(word[2]), "=r"(word[3])
+      : "l"(at));
+}
 
 MMREC_DEVICE int lane() { return static_cast<int>(threadIdx.x & 31); }
 template <typename T>

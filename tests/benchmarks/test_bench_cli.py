@@ -177,7 +177,7 @@ def test_json_dir_is_by_device(tiny, tmp_path):
         (["--op", "routing", "--where", "tokens=3"], "--where tokens=3: no shape has these sizes; there are"),
         (
             ["--op", "attention", "--candidates"],
-            "--candidates is an option of retrieval, attention and routing on cuda, got",
+            "--candidates is an option of attention, routing, nf4, retrieval on cuda, got attention on cpu",
         ),
         (["--op", "retrieval", "--threads", "0"], "--threads must be at least 1, got 0"),
         (["--op", "retrieval", "--seconds", "nan"], "--seconds must not be negative, got nan"),

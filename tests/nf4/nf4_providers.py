@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 
 from mmrec_kernels import schemas
@@ -27,5 +30,15 @@ def use_triton(monkeypatch: pytest.MonkeyPatch) -> None:
         schemas.nf4_forward: launchers.forward,
         schemas.nf4_backward: launchers.backward,
         schemas.nf4_dequantize: launchers.dequantize,
+    }
+    serve_gpu_code(monkeypatch, functions)
+
+
+def use_forward(monkeypatch: pytest.MonkeyPatch, forward: Callable[..., Any]) -> None:
+    """From here on `forward`, written for GPUs, serves on CPU tensors, and beside it the reference."""
+    functions = {
+        schemas.nf4_forward: forward,
+        schemas.nf4_backward: reference.backward,
+        schemas.nf4_dequantize: reference.dequantize,
     }
     serve_gpu_code(monkeypatch, functions)

@@ -147,29 +147,31 @@ def test_a_damaged_block_reaches_its_row_only(tokens, dtype):
     assert all(torch.equal(p, q) for p, q in zip(found[2:], expected[2:], strict=True))
 
 
-def test_poison_around_everything():
-    """Inputs in the middle of buffers of NaN, bytes in the middle of others: nothing outside is read."""
+def surrounded(given: dict) -> dict:
+    """All inputs in the middle of buffers of NaN, bytes in the middle of others."""
 
-    def surrounded(t: Tensor) -> Tensor:
+    def one(t: Tensor) -> Tensor:
         fill = torch.nan if t.is_floating_point() else 255
         buffer = torch.full((t.numel() + 512,), fill, dtype=t.dtype)
         buffer[256 : 256 + t.numel()] = t.reshape(-1)
         return buffer[256 : 256 + t.numel()].view(t.shape)
 
+    weight = given["weight"]
+    names = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
+    parts = {n: t if t is None or t.ndim == 0 else one(t) for n, t in zip(names, weight.tensors(), strict=True)}
+    moved = {n: one(t) if isinstance(t, Tensor) and n != "ids" else t for n, t in given.items()}
+    return moved | {"weight": dataclasses.replace(weight, **parts)}
+
+
+def test_poison_around_everything():
+    """Nothing outside of the inputs is read."""
     for tokens, shape, dtype in (
         (3, SHAPES[1], torch.bfloat16),
         (15, SHAPES[2], torch.float32),
         (40, SHAPES[4], torch.bfloat16),
     ):
         given = make(tokens, *shape, 5, dtype)
-        weight = given["weight"]
-        names = ("packed", "absmax", "nested_absmax", "nested_code", "offset")
-        parts = {
-            n: t if t is None or t.ndim == 0 else surrounded(t) for n, t in zip(names, weight.tensors(), strict=True)
-        }
-        moved = {n: surrounded(t) if isinstance(t, Tensor) and n != "ids" else t for n, t in given.items()}
-        moved["weight"] = dataclasses.replace(weight, **parts)
-        assert all(torch.equal(p, q) for p, q in zip(run(moved), run(given), strict=True))
+        assert all(torch.equal(p, q) for p, q in zip(run(surrounded(given)), run(given), strict=True))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
