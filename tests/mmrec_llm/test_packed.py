@@ -189,6 +189,36 @@ def test_encoders_that_count_positions_from_behind_the_padding(tmp_path, save_by
         assert relative(found, wanted) < 2e-6
 
 
+@pytest.mark.parametrize("kind", ["longrope", "dynamic"])
+def test_models_whose_angles_depend_on_the_longest_text(kind, tmp_path, save_byte_tokenizer):
+    """Beyond its original length such a model turns all positions of a row by other angles: texts that are longer are
+    not packed with others, shorter ones are."""
+    factors = {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8, "original_max_position_embeddings": 20}
+    rope = {"rope_type": kind, "rope_theta": 1e4, "factor": 2.0, **(factors if kind == "longrope" else {})}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.LlamaConfig(
+        vocab_size=384, max_position_embeddings=64 if kind == "longrope" else 20, rope_parameters=rope, **sizes
+    )
+    transformers.LlamaModel(config).save_pretrained(tmp_path)
+    save_byte_tokenizer(tmp_path)
+    short = [item[:12] for item in ITEMS]
+    stock = Backbone.load(tmp_path, quantize=None, max_length=18, kernels=False)
+    backbone = Backbone.load(tmp_path, quantize=None, max_length=18)
+    assert backbone.why_not_packed is None
+    for found, wanted in zip(tokens_of(backbone, short), tokens_of(stock, short), strict=True):
+        assert relative(found, wanted) < 2e-6
+    with pytest.raises(ValueError, match=r"(no longer than|more positions than the model has,) 20"):
+        backbone.encode(["0123456789"], prefix=backbone.prefix("0123456789a"))
+    if kind == "dynamic":  # no text reaches beyond the model's own length
+        return
+    backbone = Backbone.load(tmp_path, quantize=None, max_length=40)
+    assert backbone.why_not_packed == (
+        "a text of more than 20 tokens changes its rotary angles, texts have up to 40 tokens"
+    )
+    beside, alone = backbone.encode([*short, "?" * 36]).pooled, backbone.encode(short).pooled
+    assert relative(beside[:-1], alone) < 2e-6
+
+
 def test_models_that_count_positions_by_rows_are_left(tmp_path, save_byte_tokenizer):
     sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 1, "num_attention_heads": 4}
     transformers.CLIPTextModel(transformers.CLIPTextConfig(vocab_size=384, **sizes)).save_pretrained(tmp_path)

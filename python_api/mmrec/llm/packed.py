@@ -180,6 +180,12 @@ def packed_forward(
             f"packed texts must be no longer than the model's sliding window, {window}, "
             f"got one of {longest} tokens with its prefix"
         )
+    steady = _steady_positions(config)
+    if steady is not None and longest > steady:
+        raise ValueError(
+            f"packed texts must be no longer than {steady} tokens, from which on the model turns the positions of all "
+            f"by other angles, got one of {longest} tokens with its prefix"
+        )
     given = {"input_ids": input_ids, "inputs_embeds": inputs_embeds}
     packed = Packed(offsets.to(tokens.device), prefix, shared, owners, kept)
     refused_elsewhere = torch.zeros(1, 1, 0, 0, dtype=torch.bool, device=tokens.device)
@@ -210,6 +216,18 @@ def _window(config: Any) -> int | None:
     kinds = getattr(config, "layer_types", None)
     slides = getattr(config, "use_sliding_window", True) and (kinds is None or "sliding_attention" in kinds)
     return window if slides else None
+
+
+def _steady_positions(config: Any) -> int | None:
+    """The longest text that leaves alone by what angles the positions of its company turn; None where none changes
+    them. Beyond it LongRoPE and dynamic scaling choose others, for the whole row."""
+    given = getattr(config, "rope_parameters", None) or {}
+    found = []
+    for one in (given, *given.values()):  # of all layers, or by their kind
+        kind = one.get("rope_type", "") if isinstance(one, dict) else ""
+        if kind == "longrope" or "dynamic" in kind:
+            found.append(one.get("original_max_position_embeddings") or config.max_position_embeddings)
+    return min(found, default=None)
 
 
 def check_rows(
@@ -281,6 +299,9 @@ def why_not_packed(model: Any, own: Any, longest: int) -> str | None:
     window = _window(config)
     if window is not None and window < longest:
         return f"its sliding window is {window}, texts have up to {longest} tokens"
+    steady = _steady_positions(config)
+    if steady is not None and steady < longest:
+        return f"a text of more than {steady} tokens changes its rotary angles, texts have up to {longest} tokens"
     try:
         with torch.no_grad():
             return _try_out(model, own)
