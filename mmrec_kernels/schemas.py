@@ -239,7 +239,8 @@ def _nf4_forward_fake(
 
 
 nf4_forward = _define("_nf4_forward" + _NF4_FORWARD)(_nf4_forward_fake)
-# CUDA C++ for up to 64 tokens: the same op by another kernel, for the benchmark until a GPU run shows it faster.
+# CUDA C++ for up to 64 tokens: the same op by another kernel, for the benchmark until a GPU run shows it faster. It has
+# no MMREC_CHECK and wants aligned inputs: who lets it serve checks ids, and passes on what it refuses.
 nf4_forward_small = _define("_nf4_forward_small" + _NF4_FORWARD)(_nf4_forward_fake)
 
 

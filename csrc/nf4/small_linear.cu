@@ -1,4 +1,4 @@
-// The op of small_linear.cuh: the NF4 linear with adapters for up to 64 tokens in one launch, two with adapters.
+// The op of small_linear.cuh: the NF4 linear for up to 64 tokens in one launch, two where there are adapters.
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -121,6 +121,8 @@ std::tuple<Tensor, Tensor> forward(
   MMREC_CHECK(tokens <= kSmallLinearTokens, "x must have at most ", kSmallLinearTokens,
               " tokens for the CUDA C++ kernel, got ", tokens);
   MMREC_CHECK(width > 0 && width % 32 == 0, "x must have a width that 32 divides for the CUDA C++ kernel, got ", width);
+  MMREC_CHECK(width < INT32_MAX / 4 && out_features < INT32_MAX / 4,
+              "x and weight must be narrower for the CUDA C++ kernel, got ", width, " columns and ", out_features, " rows");
   const bool low_rank = lora_a && lora_a->size(0) > 0 && lora_a->size(1) > 0;
   const auto check_aligned = [](const char* name, const std::optional<Tensor>& tensor) {
     MMREC_CHECK(!tensor || (reinterpret_cast<uintptr_t>(tensor->const_data_ptr()) % 16 == 0 && tensor->is_contiguous()), name,

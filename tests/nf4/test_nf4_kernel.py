@@ -61,11 +61,10 @@ def eager(given: dict, dtype: torch.dtype) -> list[Tensor]:
 
 
 def assert_right(given: dict, found: list[Tensor]) -> None:
-    """What `run` found, on whichever device, by the rule of numerics.py."""
-    dtype = given["x"].dtype
-    for name, one, exact, plain in zip(
-        ("y", "dx", "dbias", "da", "db"), found, eager(given, torch.float64), eager(given, dtype), strict=True
-    ):
+    """What `run` found, or y alone, on whichever device, by the rule of numerics.py."""
+    dtype, names = given["x"].dtype, ("y", "dx", "dbias", "da", "db")
+    assert len(found) in (1, len(names))
+    for name, one, exact, plain in zip(names, found, eager(given, torch.float64), eager(given, dtype), strict=False):
         assert one.dtype == (torch.float32 if name in ("da", "db") else dtype)
         assert_accurate(one.cpu(), exact, plain.double(), dtype=dtype if name in ("y", "dx") else torch.float32)
 

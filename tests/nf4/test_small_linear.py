@@ -232,11 +232,32 @@ def test_gpu_w_is_decoded_exactly() -> None:
 
 
 @pytest.mark.gpu
-def test_gpu_kernel_behind_what_makes_its_input_and_in_a_graph() -> None:
-    """Its second launch begins before its first has ended: never before x is there."""
+def test_gpu_kernel_takes_what_its_callers_have() -> None:
+    """Adapters of the dtype of x, a float32 bias, one adapter without ids, ids outside, nothing to keep."""
+    given = make(12, 896, 896, 64, 16, torch.bfloat16)
+    single = given | {"a": given["a"][:1].bfloat16(), "b": given["b"][:1].bfloat16(), "ids": torch.zeros(12).long()}
+    single |= {"scalings": torch.ones(1), "bias": given["bias"].float()}
+    there = on_gpu(single)
+    found = small(there | {"ids": None, "scalings": None}, save=False)
+    assert found[1].numel() == 0 and torch.equal(found[0], small(there)[0])
+    assert_right(single | {"a": single["a"].float(), "b": single["b"].float()}, [found[0].cpu()])
+    wild = torch.where(given["ids"] < 0, torch.tensor(1 << 40), given["ids"])
+    assert torch.equal(small(on_gpu(given | {"ids": wild}))[0], small(on_gpu(given))[0])
+
+
+@pytest.mark.gpu
+def test_gpu_kernel_waits_for_what_it_reads_and_a_graph_takes_it() -> None:
+    """Its second launch begins before its first has ended: not before x is there, and it reads x aᵀ after that is."""
     given = on_gpu(make(16, 8192, 2048, 64, 16, torch.bfloat16))
     expected = small(given)
+    late = given | {"x": given["x"].clone()}
     for _ in range(20):
-        late = given | {"x": given["x"].float().mul(1.0).repeat(1, 1).bfloat16()}
-        assert all(torch.equal(p, q) for p, q in zip(small(late), expected, strict=True))
+        late["x"].fill_(torch.nan)
+        torch.cuda._sleep(1_000_000)
+        late["x"].copy_(given["x"])
+        found = small(late)
+        assert all(torch.equal(p, q) for p, q in zip(found, expected, strict=True))
+        for used in found:  # whoever reads the memory of the next ones too early
+            used.fill_(torch.nan)
+        del found
     assert_captured(lambda: small(given))
