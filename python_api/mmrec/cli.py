@@ -52,6 +52,14 @@ class Stage(str, Enum):
     valid = "valid"
 
 
+class StoreDtype(str, Enum):
+    """How an item store keeps vectors."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    int8 = "int8"
+
+
 class Mask(str, Enum):
     """Which seen items are left out of rankings."""
 
@@ -229,6 +237,22 @@ def recommend(
     from .commands.recommend import recommend_command
 
     recommend_command(run=run, user=user, history=history, k=k, data=data, layout=layout, json_file=json_file)
+
+
+@app.command()
+def index(
+    run: Annotated[Path, typer.Option(metavar="RUN", help="Folder of a trained run.")],
+    out: Annotated[Path, typer.Option(metavar="STORE", help="Folder of the store; a new version of it if it exists.")],
+    dtype: Annotated[StoreDtype, typer.Option(help="How vectors are stored.")] = StoreDtype.float32,
+    data: OptionalData = None,
+    layout: Layout = "auto",
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Write the items of a run into a store, from which requests are answered."""
+    from .commands.index import index_command
+
+    index_command(run=run, out=out, dtype=dtype.value, data=data, layout=layout, json_file=json_file)
 
 
 @app.command()

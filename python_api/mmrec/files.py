@@ -6,27 +6,34 @@ import contextlib
 import hashlib
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 TEMP_PREFIX = ".tmp-"
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part.
+    """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part; see `replacing`."""
+    with replacing(path) as temporary:
+        with open(temporary, "xb") as file:
+            file.write(data)
 
-    The bytes go to a temporary file in the same folder, which is made if need be, are flushed to the disk and renamed
-    over `path`. On any failure before that, Ctrl-C included, the temporary file is removed and `path` is left as it
-    was; the error is passed on.
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """The name of a file to write, which becomes `path` when the block ends: a reader sees the old file or the whole
+    new one, never a part.
+
+    It lies in the same folder, which is made if need be, is flushed to the disk and renamed over `path`. On any failure
+    before that, Ctrl-C included, it is removed and `path` is left as it was; the error is passed on.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not tempfile, whose files nobody but their owner may read.
     temporary = path.with_name(f"{TEMP_PREFIX}{secrets.token_hex(8)}")
     try:
-        with open(temporary, "xb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield temporary
+        sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)

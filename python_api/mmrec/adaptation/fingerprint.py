@@ -63,6 +63,23 @@ def file_sha256(path: Path) -> str:
     return digest.hexdigest()
 
 
+def item_fingerprints(catalogue: Catalogue) -> np.ndarray:
+    """uint8 `[I, 16]`: for each item a hash of its row of the table, its image's bytes and its features, which beside
+    the model are what its vector is made of."""
+    columns = [(f"{name} {kind}", catalogue.items[name].to_list()) for name, kind in catalogue.items.schema.items()]
+    features = sorted(catalogue.features.items())
+    found = np.empty((catalogue.num_items, 16), np.uint8)
+    for row, image in enumerate(catalogue.images):
+        digest = _Digest()
+        for label, values in columns:
+            digest.text(label, values[row])
+        digest.text("image", None if image is None else file_sha256(image))
+        for name, feature in features:
+            digest.array(f"feature {name}", feature.values[row] if feature.mask[row] else None)
+        found[row] = np.frombuffer(bytes.fromhex(digest.hexdigest())[:16], np.uint8)
+    return found
+
+
 def catalogue_fingerprint(catalogue: Catalogue) -> str:
     """SHA-256 over counts, ids, interactions, tables with their schemas, image bytes and features; not name, notes or
     paths.

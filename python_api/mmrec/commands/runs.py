@@ -72,6 +72,11 @@ class TrainedRun:
         self.fingerprint: str = facts["fingerprint"]
 
     @property
+    def model_id(self) -> str:
+        """Names the weights, and the item vectors that belong to them: the beginning of their SHA-256."""
+        return str(self.facts["sha256"])[:16]
+
+    @property
     def data(self) -> Path:
         """The folder that it was trained on."""
         return Path(self.facts["source"]["data"])

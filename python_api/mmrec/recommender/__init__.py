@@ -6,19 +6,24 @@ from .inputs import ItemInputs, ItemSpec, TableSpec, TokenSpec
 from .item_tower import ItemOutput, ItemTower
 from .model import Answers, ItemVectors, Recommender
 from .objective import Losses, Objective
+from .online import Answer, OnlineRecommender
+from .store import ItemStore
 from .user_tower import UserTower
 
 __all__ = [
     "IDENTITY",
+    "Answer",
     "Answers",
     "Batch",
     "ItemInputs",
     "ItemOutput",
     "ItemSpec",
+    "ItemStore",
     "ItemTower",
     "ItemVectors",
     "Losses",
     "Objective",
+    "OnlineRecommender",
     "Recommender",
     "RecommenderConfig",
     "TableSpec",

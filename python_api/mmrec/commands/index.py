@@ -1,0 +1,59 @@
+"""``mmrec index``: the items of a trained run into a store, from which requests are answered."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from .console import say, status, write_json
+from .data import load_catalogue
+from .runs import TrainedRun, open_run
+
+if TYPE_CHECKING:
+    from ..adaptation import Catalogue
+    from ..recommender.store import ItemRows
+
+__all__ = ["index_command"]
+
+_PART = 1 << 16
+
+
+def index_command(*, run: Path, out: Path, dtype: str, data: Path | None, layout: str, json_file: Path | None) -> None:
+    """See ``mmrec index --help``."""
+    from ..recommender.store import ItemStore, Meta
+
+    began = time.perf_counter()
+    opened = open_run(run)
+    catalogue, fingerprint = load_catalogue(opened.data if data is None else data, layout)
+    opened.check_data(catalogue, fingerprint)
+    meta = Meta(width=opened.config.width, dtype=dtype, modalities=opened.modalities, model=opened.model_id, tokens={})
+    store = ItemStore(out)
+    with status(f"writing {catalogue.num_items} items"), store.writer() as writer:
+        number = writer.create(meta, _parts(opened, catalogue))
+    version = store.current()
+    size = sum(os.path.getsize(out / file) for file in version.files)
+    content: dict[str, Any] = {
+        "command": "index", "store": str(out), "version": number, "items": len(version), "dtype": dtype,
+        "bytes": size, "model": meta.model, "run": str(run), "seconds": round(time.perf_counter() - began, 3),
+    }  # fmt: skip
+    say(f"{out}: version {number}, {len(version)} items of width {meta.width} in {dtype}, {size / 2**20:.1f} MiB")
+    write_json(json_file, content)
+
+
+def _parts(run: TrainedRun, catalogue: Catalogue) -> Iterator[ItemRows]:
+    import torch
+
+    from ..adaptation.fingerprint import item_fingerprints
+    from ..recommender.store import ItemRows
+
+    vectors, mass = run.items
+    known, content = torch.from_numpy(run.trained_items), torch.from_numpy(item_fingerprints(catalogue))
+    titles = catalogue.item_titles
+    for begin in range(0, catalogue.num_items, _PART):
+        part = slice(begin, begin + _PART)
+        yield ItemRows(
+            catalogue.item_ids[part], vectors[part], mass[part], known[part], content[part], titles[part], {}
+        )

@@ -1,0 +1,8 @@
+"""The item store: everything that a request needs of an item, on disk, mapped, in versions. See docs/serving.md."""
+
+from .columns import DTYPES, ItemRows, Meta
+from .manifest import StoreError
+from .snapshot import StoreVersion
+from .store import ItemStore, StoreBusyError, StoreWriter
+
+__all__ = ["DTYPES", "ItemRows", "ItemStore", "Meta", "StoreBusyError", "StoreError", "StoreVersion", "StoreWriter"]

@@ -1,0 +1,198 @@
+"""A version of a store as its readers see it: unchanging, mapped from the disk."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mmrec_kernels import top_k
+from mmrec_kernels.retrieval import TopK
+
+from ...fusion.tokens import Tokens
+from .columns import Columns, Meta, Ragged
+
+__all__ = ["Index", "StoreVersion", "hash_ids", "latest"]
+
+Lists = tuple[Tensor, Tensor]
+
+
+class Index(NamedTuple):
+    """Where an id is: `hash int64 [n]`, sorted, and the `row int64 [n]` of each."""
+
+    hash: Tensor
+    row: Tensor
+
+
+def hash_ids(ids: Sequence[str]) -> np.ndarray:
+    """int64 `[n]`, of the UTF-8 bytes (BLAKE2b)."""
+    return np.frombuffer(b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids), "<i8")
+
+
+class StoreVersion:
+    """The items of one version. Rows are fixed: an item keeps its own in all later versions.
+
+    Vectors of the base lie in the file that is mapped. Items that have changed since are written over them in this
+    process's private pages of the mapping; those that came since lie in memory, behind.
+
+    Attributes:
+        number: of the version.
+        meta: width, dtype, modalities, model.
+        num_items: N.
+        files: names of the files that it is made of, the base first.
+    """
+
+    def __init__(
+        self, number: int, meta: Meta, num_items: int, files: Sequence[str], base: Columns, index: Index,
+        patches: Sequence[tuple[Tensor, Columns]],
+    ) -> None:  # fmt: skip
+        self.number, self.meta, self.num_items, self.files = number, meta, num_items, tuple(files)
+        self._base = base
+        self._hash, self._row = index.hash.numpy(), index.row.numpy()
+        names = base.ragged["id"]
+        self._id_ends, self._id_bytes = names.offsets.numpy(), names.values.numpy()
+        self._patch_rows, self._patch = torch.empty(0, dtype=torch.int64), None  # type: Tensor, Columns | None
+        if patches:
+            self._patch_rows, self._patch = latest(patches)
+        self._tail: dict[str, Tensor] = {}
+        self._tail_row: dict[str, int] = {}
+        if self._patch is None:
+            return
+        behind = int(torch.searchsorted(self._patch_rows, len(base)))
+        for name, column in base.fixed.items():
+            column[self._patch_rows[:behind]] = self._patch.fixed[name][:behind]
+            self._tail[name] = self._patch.fixed[name][behind:]
+        new = self._patch_rows[behind:]
+        ids = self._patch.ragged["id"].select(torch.arange(behind, len(self._patch))).strings()
+        self._tail_row = dict(zip(ids, new.tolist(), strict=True))
+
+    def __len__(self) -> int:
+        return self.num_items
+
+    def rows(self, ids: Sequence[str]) -> np.ndarray:
+        """int64 `[n]`: the row of each id, −1 for one that is not there."""
+        found = np.full(len(ids), -1, np.int64)
+        if not len(ids):
+            return found
+        hashes = hash_ids(ids)
+        first = np.searchsorted(self._hash, hashes)
+        last = np.searchsorted(self._hash, hashes, side="right")
+        for n, name in enumerate(ids):
+            for row in self._row[first[n] : last[n]].tolist():
+                if self._id_bytes[self._id_ends[row] : self._id_ends[row + 1]].tobytes() == name.encode():
+                    found[n] = row
+                    break
+            else:
+                found[n] = self._tail_row.get(name, -1)
+        return found
+
+    def ids(self, rows: np.ndarray | Tensor) -> list[str]:
+        """Of `rows [n]`."""
+        return self._ragged("id", rows).strings()
+
+    def titles(self, rows: np.ndarray | Tensor) -> list[str]:
+        """Of `rows [n]`."""
+        return self._ragged("title", rows).strings()
+
+    def vectors(self, rows: np.ndarray | Tensor) -> Tensor:
+        """float32 `[n, d]` of `rows [n]`."""
+        rows = self._checked(rows)
+        found = self._fixed("vectors", rows).float()
+        return found * self._fixed("scales", rows).unsqueeze(1) if self.meta.dtype == "int8" else found
+
+    def mass(self, rows: np.ndarray | Tensor) -> Tensor:
+        """float32 `[n, M]` of `rows [n]`."""
+        return self._fixed("mass", self._checked(rows)).float()
+
+    def known(self, rows: np.ndarray | Tensor) -> Tensor:
+        """bool `[n]` of `rows [n]`: training interacted with the item."""
+        return self._fixed("known", self._checked(rows))
+
+    def content(self, rows: np.ndarray | Tensor) -> Tensor:
+        """uint8 `[n, 16]` of `rows [n]`: the hash of what the vector was made of."""
+        return self._fixed("content", self._checked(rows))
+
+    def tokens(self, modality: str, rows: np.ndarray | Tensor) -> Tokens:
+        """The token rows of a modality, of `rows [n]`, float32."""
+        if modality not in self.meta.tokens:
+            raise ValueError(f"modality must be one with token rows, {sorted(self.meta.tokens)}, got {modality!r}")
+        values, offsets = self._ragged(f"tokens.{modality}", rows)
+        return Tokens(values.float(), offsets, self._ragged(f"kinds.{modality}", rows).values)
+
+    def top_k(self, query: Tensor, k: int, *, exclude: Lists | None = None, candidates: Lists | None = None) -> TopK:
+        """The best items of `query [B, d]`, float32; see `mmrec_kernels.top_k`.
+
+        A bfloat16 store is met by the query rounded to bfloat16; int8 and float32 by the query as it is.
+        """
+        query = query.bfloat16() if self.meta.dtype == "bfloat16" else query.float()
+
+        def search(columns: dict[str, Tensor], shift: int) -> TopK:
+            def moved(lists: Lists | None) -> Lists | None:
+                return lists if lists is None or not shift else (lists[0], lists[1] - shift)
+
+            return top_k(
+                query, columns["vectors"], k, item_scales=columns.get("scales"), exclude=moved(exclude),
+                candidates=moved(candidates),
+            )  # fmt: skip
+
+        found = search(self._base.fixed, 0)
+        if not self._tail or not len(self._tail["vectors"]):
+            return found
+        base = len(self._base)
+        behind = search(self._tail, base)
+        scores, order = torch.cat([found.scores, behind.scores], 1).sort(dim=1, descending=True, stable=True)
+        ids = torch.cat([found.ids, torch.where(behind.ids >= 0, behind.ids + base, -1)], 1)
+        return TopK(scores[:, :k], ids.gather(1, order[:, :k]))
+
+    def columns(self, rows: Tensor) -> Columns:
+        """Everything of `rows [n]`, as it is stored."""
+        return Columns(
+            {name: self._fixed(name, rows) for name in self._base.fixed},
+            {name: self._ragged(name, rows) for name in self._base.ragged},
+        )
+
+    def patch(self) -> tuple[Tensor, Columns | None]:
+        """What has changed or come since the base: rows, ascending, and their columns."""
+        return self._patch_rows, self._patch
+
+    def _checked(self, rows: np.ndarray | Tensor) -> Tensor:
+        found = torch.as_tensor(rows, dtype=torch.int64)
+        if len(found) and (int(found.min()) < 0 or int(found.max()) >= self.num_items):
+            outside = found[(found < 0) | (found >= self.num_items)]
+            raise ValueError(f"rows must be in [0, {self.num_items}), got {int(outside[0])}")
+        return found
+
+    def _fixed(self, name: str, rows: Tensor) -> Tensor:
+        column, base = self._base.fixed[name], len(self._base)
+        if not self._tail or not bool((rows >= base).any()):
+            return column.index_select(0, rows)
+        found = self._tail[name].index_select(0, (rows - base).clamp(min=0))
+        here = rows < base
+        found[here] = column.index_select(0, rows[here])
+        return found
+
+    def _ragged(self, name: str, rows: np.ndarray | Tensor) -> Ragged:
+        rows = self._checked(rows)
+        if self._patch is None:
+            return self._base.ragged[name].select(rows)
+        place = torch.searchsorted(self._patch_rows, rows).clamp(max=len(self._patch_rows) - 1)
+        patched = self._patch_rows[place] == rows
+        parts = [self._base.ragged[name].select(rows[~patched]), self._patch.ragged[name].select(place[patched])]
+        lengths = torch.cat([part.offsets.diff() for part in parts])
+        offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+        order = torch.empty_like(rows)
+        order[~patched] = torch.arange(len(parts[0].offsets) - 1)
+        order[patched] = torch.arange(int(patched.sum())) + len(parts[0].offsets) - 1
+        return Ragged(torch.cat([part.values for part in parts]), offsets).select(order)
+
+
+def latest(patches: Sequence[tuple[Tensor, Columns]]) -> tuple[Tensor, Columns]:
+    """Of every row what the last patch says of it, rows ascending."""
+    rows = torch.cat([rows for rows, _ in patches])
+    unique, first = np.unique(rows.flip(0).numpy(), return_index=True)
+    at = len(rows) - 1 - torch.from_numpy(first)
+    return torch.from_numpy(unique), Columns.concat([columns for _, columns in patches]).select(at)
