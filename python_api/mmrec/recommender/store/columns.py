@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.in
 CHUNK = 1 << 24
 # Files name tensors "<name>" (a row per item), and "<name>.values" with "<name>.offsets" where an item has any number.
 _VALUES, _OFFSETS = ".values", ".offsets"
+_PADDING, _ALIGN = "padding.", 64
 _NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
     torch.int64: "I64", torch.bool: "BOOL",
@@ -212,6 +214,10 @@ class Column(NamedTuple):
     shape: tuple[int, ...]
     parts: Callable[[], Iterable[Tensor]]
 
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 def whole(tensors: Mapping[str, Tensor]) -> dict[str, Column]:
     """Tensors that are there at once, as columns."""
@@ -228,12 +234,13 @@ def write_file(path: Path, columns: Mapping[str, Column]) -> list[int]:
     The format's own writer wants all tensors at once; this one asks for them part by part.
     """
     header, end = {}, 0
+    columns = dict(_aligned(columns))
     for name, column in columns.items():
-        size = int(np.prod(column.shape, dtype=np.int64)) * column.dtype.itemsize
+        size = column.nbytes
         header[name] = {"dtype": _NAMES[column.dtype], "shape": column.shape, "data_offsets": (end, end + size)}
         end += size
     text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % 64)  # tensors begin where cache lines do
+    text += b" " * (-(len(text) + 8) % _ALIGN)
     sums = _Checksums()
     with open(path, "xb") as file:
         for data in chain((len(text).to_bytes(8, "little"), text), _bytes_of(columns)):
@@ -242,6 +249,18 @@ def write_file(path: Path, columns: Mapping[str, Column]) -> list[int]:
         if file.tell() != 8 + len(text) + end:
             raise ValueError(f"{path.name}: columns gave {file.tell() - 8 - len(text)} bytes, announced {end}")
     return sums.close()
+
+
+def _aligned(columns: Mapping[str, Column]) -> Iterator[tuple[str, Column]]:
+    """Each behind as many bytes as let it begin where a cache line does; the format has no gaps."""
+    end = 0
+    for name, column in columns.items():
+        if end % _ALIGN:
+            filler = torch.zeros(-end % _ALIGN, dtype=torch.uint8)
+            yield from whole({f"{_PADDING}{name}": filler}).items()
+            end += len(filler)
+        yield name, column
+        end += column.nbytes
 
 
 def _bytes_of(columns: Mapping[str, Column]) -> Iterator[bytes | memoryview]:
@@ -276,4 +295,4 @@ def map_file(path: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     with safe_open(os.fspath(path), framework="pt") as file:
-        return {name: file.get_tensor(name) for name in file.keys()}
+        return {name: file.get_tensor(name) for name in file.keys() if not name.startswith(_PADDING)}
