@@ -1,11 +1,12 @@
 // One query over int8 items, where the ISA has VNNI: a first pass in integers decides which items are worth their exact score.
 //
-// The query is rounded to Q_d · step, Q_d of 16 bits in two bytes, 256 · A + B. One load of a row then costs two dot products of
-// bytes, and the 16 lanes of 16 rows are summed by a tree. What that sum can be off by is known:
+// The query is rounded to Q_d · step, Q_d of 8 bits, or of 16 bits in two bytes, 256 · A + B. One load of a row then costs a dot
+// product of bytes or two, and the 16 lanes of 16 rows are summed by a tree. What that sum can be off by is known:
 //     |q·x - step · Q·x|  <=  128 · sum_d |q_d - step · Q_d|                        |x_d| <= 128
 //     |chain - q·x|       <=  D · 2^-24 · 128 · sum_d |q_d|                         the exact score's own rounding
 // and what is lost where numbers become subnormal is far below 2^-120. Items whose score could pass the threshold are scored
-// by the chain of all other paths, 16 rows at a time, so results are the same bits.
+// by the chain of all other paths, 16 rows at a time, so results are the same bits. Eight bits do where their bound is small beside
+// what scores differ by; a query with a few large elements takes sixteen.
 #pragma once
 
 #include "panel.h"
@@ -19,9 +20,9 @@ namespace {
 struct RoundedQuery {
   // Sums of |Q_d| · 255 fit 32 bits up to here.
   static constexpr int64_t kMaxWidth = 256;
-  static constexpr float kLargest = 32512;
 
-  alignas(64) int8_t high[kMaxWidth], low[kMaxWidth];  // A, B; zeros behind the width
+  alignas(64) int8_t high[kMaxWidth], low[kMaxWidth];  // A, B; or Q and nothing; zeros behind the width
+  int bytes;                                           // of Q_d
   int32_t offset;                                      // 128 · sum of Q, as bytes are read as x + 128
   float step, margin;
 
@@ -29,13 +30,25 @@ struct RoundedQuery {
   bool round(const float* query, int64_t width) {
     if (width > kMaxWidth) return false;
     float largest = 0;
+    double squares = 0;
     for (int64_t d = 0; d < width; ++d) {
       const float size = __builtin_fabsf(query[d * kQueryGroup]);
       if (!(size < 1e30f)) return false;
       largest = size > largest ? size : largest;
+      squares += static_cast<double>(size) * size;
     }
     if (largest < 1e-25f) return false;
-    step = largest / kLargest;
+    // Elements of a row whose largest is 127 are about 45 in the mean square if they are normal: scores differ by |q| times that.
+    round(query, width, largest / 127, 1);
+    const double most = 16 * __builtin_sqrt(squares);
+    if (margin > most) round(query, width, largest / 32512, 2);
+    return true;
+  }
+
+ private:
+  void round(const float* query, int64_t width, float to, int of_bytes) {
+    step = to;
+    bytes = of_bytes;
     std::memset(high, 0, sizeof(high));
     std::memset(low, 0, sizeof(low));
     int32_t sum = 0;
@@ -43,16 +56,15 @@ struct RoundedQuery {
     for (int64_t d = 0; d < width; ++d) {
       const double q = query[d * kQueryGroup];
       const int32_t rounded = static_cast<int32_t>(__builtin_rint(q / step));
-      const int32_t upper = (rounded + 128) >> 8;
+      const int32_t upper = bytes == 1 ? rounded : (rounded + 128) >> 8;
       high[d] = static_cast<int8_t>(upper);
-      low[d] = static_cast<int8_t>(rounded - 256 * upper);
+      low[d] = static_cast<int8_t>(bytes == 1 ? 0 : rounded - 256 * upper);
       sum += rounded;
       missed += __builtin_fabs(q - static_cast<double>(step) * rounded);
       total += __builtin_fabs(q);
     }
     offset = 128 * sum;
     margin = static_cast<float>(1.01 * 128 * (missed + static_cast<double>(width + 8) * 0x1p-24 * total));
-    return true;
   }
 };
 
@@ -68,27 +80,24 @@ MMREC_INLINE __m512i add_groups(__m512i a, __m512i b) {
 }
 
 // Q·x of the 16 rows of vector v of a panel; a row has kBlocks vectors, of the last of which only the bits of `end` count.
-template <int kBlocks>
-MMREC_INLINE __m512i dot(const Panel<float>& panel, const Ahead& ahead, const RoundedQuery& query, int v, __mmask64 end) {
+template <int kBlocks, int kBytes>
+MMREC_INLINE __m512i dot(const Panel<float>& panel, const RoundedQuery& query, int v, __mmask64 end) {
   constexpr int kLanes = F32::kLanes;
   const char* const* rows = panel.rows + v * kLanes;
-  const char* soon = ahead.start + v * kLanes * ahead.per_row;
-  const int64_t per_row = ahead.per_row, per_block = 64 * ahead.per_byte;
   const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
   __m512i groups[4];
   for (int g = 0; g < 4; ++g) {
     __m512i sums[4];
-    for (int i = 0; i < 4; ++i, soon += per_row) {
+    for (int i = 0; i < 4; ++i) {
       const char* row = rows[4 * g + i];
       __m512i upper = _mm512_setzero_si512(), lower = upper;
       for (int b = 0; b < kBlocks; ++b) {
-        _mm_prefetch(soon + b * per_block, _MM_HINT_T0);
         const __m512i x = b + 1 < kBlocks ? load_words(row + 64 * b) : _mm512_maskz_loadu_epi8(end, row + 64 * b);
         const __m512i bytes = _mm512_xor_si512(x, to_unsigned);
         upper = _mm512_dpbusd_epi32(upper, bytes, _mm512_load_si512(query.high + 64 * b));
-        lower = _mm512_dpbusd_epi32(lower, bytes, _mm512_load_si512(query.low + 64 * b));
+        if (kBytes == 2) lower = _mm512_dpbusd_epi32(lower, bytes, _mm512_load_si512(query.low + 64 * b));
       }
-      sums[i] = _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower);
+      sums[i] = kBytes == 2 ? _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower) : upper;
     }
     groups[g] = sum_groups(sums);
   }
@@ -97,11 +106,11 @@ MMREC_INLINE __m512i dot(const Panel<float>& panel, const Ahead& ahead, const Ro
 }
 
 // The rows of vector v of a panel that may pass `threshold`, as bits.
-template <int kBlocks>
-MMREC_INLINE uint32_t may_pass(const TopkScan<float>& scan, const Panel<float>& panel, const Ahead& ahead,
-                               const RoundedQuery& query, int v, __mmask64 end, float threshold) {
+template <int kBlocks, int kBytes>
+MMREC_INLINE uint32_t may_pass(const TopkScan<float>& scan, const Panel<float>& panel, const RoundedQuery& query,
+                               int v, __mmask64 end, float threshold) {
   constexpr int kLanes = F32::kLanes;
-  F32 score = mul({_mm512_cvtepi32_ps(dot<kBlocks>(panel, ahead, query, v, end))}, broadcast(query.step));
+  F32 score = mul({_mm512_cvtepi32_ps(dot<kBlocks, kBytes>(panel, query, v, end))}, broadcast(query.step));
   F32 margin = broadcast(query.margin);
   if (scan.scales != nullptr) {
     const F32 scale = load(panel.scale + v * kLanes);

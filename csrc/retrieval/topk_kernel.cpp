@@ -1,6 +1,6 @@
 // Streaming top-k, the scan.    score[b, n] = (q_b · x_n) · scale_n + bias_n
 //
-// Items are read once per call, kPanelRows at a time. From five queries on a panel is transposed (and widened to float) into
+// Items are read once per call, kPanelRows at a time. From seven queries on a panel is transposed (and widened to float) into
 // L1, and every group of queries meets it with items in the lanes of the vectors:
 //     acc[query][lane] = fma(panel[d][lane], q[query][d], acc)        d = 0 .. D-1, in this order
 // A score is one such chain over d, whatever the batch: its bits depend on its query and its item only. Fewer queries take
@@ -111,82 +111,82 @@ void scan_by_element(const TopkScan<T>& scan, Panel<T>& panel) {
 }
 
 #if defined(__AVX2__)
-// The same sums for up to four queries, from kLanes words of the panel at a time, widened in registers.
+// The same scores for up to six queries and vector v of a panel, from kLanes words of its rows at a time, widened in registers.
 template <int kQueries, ItemType type>
-MMREC_INLINE void score_rows(const TopkScan<float>& scan, const Panel<float>& panel,
-                             Accumulators<kQueries, float>& acc) {
+MMREC_INLINE void score_rows(const TopkScan<float>& scan, const Panel<float>& panel, int v, F32 (&acc)[kQueries]) {
   using Step = typename Columns<type>::Step;
   constexpr int kLanes = F32::kLanes;
   constexpr int kPerWord = Columns<type>::kPerWord;
   const int64_t bytes = scan.width * item_bytes(type);
-  const Ahead ahead = Ahead::of(scan, panel);
+  for (int i = 0; i < kQueries; ++i) acc[i] = broadcast(0.0f);
   for (int64_t word = 0; word * 4 < bytes; word += kLanes) {
-    alignas(64) Word words[kVectors][kLanes];
-    for (int v = 0; v < kVectors; ++v) load_block(panel, ahead, v * kLanes, word * 4, bytes, words[v]);
+    Word words[kLanes];
+    load_block(panel, v * kLanes, word * 4, bytes, words);
     const auto add_word = [&](int w, int columns) __attribute__((always_inline)) {
-      F32 x[kVectors][kPerWord];
-      for (int v = 0; v < kVectors; ++v) Columns<type>::widen(words[v][w], x[v]);
+      F32 x[kPerWord];
+      Columns<type>::widen(words[w], x);
       for (int c = 0; c < columns; ++c) {
         for (int i = 0; i < kQueries; ++i) {
-          const F32 q = broadcast(scan.queries[((word + w) * kPerWord + c) * kQueryGroup + i]);
-          for (int v = 0; v < kVectors; ++v) acc[i][v] = Step::add(x[v][c], q, acc[i][v]);
+          acc[i] = Step::add(x[c], broadcast(scan.queries[((word + w) * kPerWord + c) * kQueryGroup + i]), acc[i]);
         }
       }
     };
     const int64_t left = scan.steps - word * kPerWord;
-    const int full = left < kLanes * kPerWord ? static_cast<int>(left / kPerWord) : kLanes;
-    for (int w = 0; w < full; ++w) add_word(w, kPerWord);
-    if (full < kLanes && left % kPerWord != 0) add_word(full, static_cast<int>(left % kPerWord));
+    if (left >= kLanes * kPerWord) {
+#pragma GCC unroll 16
+      for (int w = 0; w < kLanes; ++w) add_word(w, kPerWord);
+      continue;
+    }
+    for (int w = 0; w < static_cast<int>(left / kPerWord); ++w) add_word(w, kPerWord);
+    if (left % kPerWord != 0) add_word(static_cast<int>(left / kPerWord), static_cast<int>(left % kPerWord));
+  }
+  for (int i = 0; i < kQueries; ++i) {
+    if (scan.scales != nullptr) acc[i] = mul(acc[i], load(panel.scale + v * kLanes));
+    if (scan.bias != nullptr) acc[i] = add(acc[i], load(panel.bias + v * kLanes));
   }
 }
 
 template <int kQueries, ItemType type>
 void scan_rows(const TopkScan<float>& scan, Panel<float>& panel) {
+  constexpr int kLanes = F32::kLanes;
   for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
     find_rows(scan, first, panel);
-    Accumulators<kQueries, float> acc;
-    for (int i = 0; i < kQueries; ++i) {
-      for (int v = 0; v < kVectors; ++v) acc[i][v] = broadcast(0.0f);
+    for (int v = 0; v < kVectors && v * kLanes < panel.count; ++v) {
+      F32 acc[kQueries];
+      touch(panel, v * kLanes, scan.width * item_bytes(type));
+      score_rows<kQueries, type>(scan, panel, v, acc);
+      for (int i = 0; i < kQueries; ++i) keep(scan, panel, scan.selections[i], acc[i], v);
     }
-    score_rows<kQueries, type>(scan, panel, acc);
-    select<kQueries>(scan, panel, acc, scan.selections);
   }
 }
 
 #if defined(__AVX512VNNI__)
-// The same sum for vector v of a panel.
-F32 exact_int8(const TopkScan<float>& scan, const Panel<float>& panel, int v) {
-  constexpr int kLanes = F32::kLanes;
-  constexpr int kPerWord = Columns<ItemType::kInt8>::kPerWord;
-  const Ahead nowhere{panel.rows[v * kLanes], 0, 0};
-  F32 sum = broadcast(0.0f);
-  for (int64_t word = 0; word * kPerWord < scan.width; word += kLanes) {
-    Word block[kLanes];
-    load_block(panel, nowhere, v * kLanes, word * 4, scan.width, block);
-    for (int w = 0; w < kLanes; ++w) {
-      F32 x[kPerWord];
-      Columns<ItemType::kInt8>::widen(block[w], x);
-      for (int c = 0; c < kPerWord; ++c) {
-        const int64_t d = (word + w) * kPerWord + c;
-        if (d < scan.width) sum = fma(x[c], broadcast(scan.queries[d * kQueryGroup]), sum);
-      }
-    }
-  }
-  if (scan.scales != nullptr) sum = mul(sum, load(panel.scale + v * kLanes));
-  return scan.bias != nullptr ? add(sum, load(panel.bias + v * kLanes)) : sum;
-}
-
-template <int kBlocks>
+template <int kBlocks, int kBytes>
 void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
   const __mmask64 end = ~__mmask64{0} >> (64 * kBlocks - scan.width);
   Selection<float>& selection = scan.selections[0];
   for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
     find_rows(scan, first, panel);
-    const Ahead ahead = Ahead::of(scan, panel);
     for (int v = 0; v < kVectors; ++v) {
-      if (may_pass<kBlocks>(scan, panel, ahead, query, v, end, selection.threshold) == 0) continue;
-      keep(scan, panel, selection, exact_int8(scan, panel, v), v);
+      if (may_pass<kBlocks, kBytes>(scan, panel, query, v, end, selection.threshold) == 0) continue;
+      F32 exact[1];
+      score_rows<1, ItemType::kInt8>(scan, panel, v, exact);
+      keep(scan, panel, selection, exact[0], v);
     }
+  }
+}
+
+template <int kBytes>
+void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
+  switch ((scan.width + 63) / 64) {
+    case 1:
+      return scan_passing<1, kBytes>(scan, panel, query);
+    case 2:
+      return scan_passing<2, kBytes>(scan, panel, query);
+    case 3:
+      return scan_passing<3, kBytes>(scan, panel, query);
+    default:
+      return scan_passing<4, kBytes>(scan, panel, query);
   }
 }
 
@@ -194,19 +194,7 @@ void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const Rounde
 bool try_first_pass(const TopkScan<float>& scan, Panel<float>& panel) {
   RoundedQuery query;
   if (scan.num_queries != 1 || !query.round(scan.queries, scan.width)) return false;
-  switch ((scan.width + 63) / 64) {
-    case 1:
-      scan_passing<1>(scan, panel, query);
-      break;
-    case 2:
-      scan_passing<2>(scan, panel, query);
-      break;
-    case 3:
-      scan_passing<3>(scan, panel, query);
-      break;
-    default:
-      scan_passing<4>(scan, panel, query);
-  }
+  query.bytes == 1 ? scan_passing<1>(scan, panel, query) : scan_passing<2>(scan, panel, query);
   return true;
 }
 #endif
@@ -222,6 +210,10 @@ void scan_words(const TopkScan<float>& scan, Panel<float>& panel) {
       return scan_rows<3, type>(scan, panel);
     case 4:
       return scan_rows<4, type>(scan, panel);
+    case 5:
+      return scan_rows<5, type>(scan, panel);
+    case 6:
+      return scan_rows<6, type>(scan, panel);
     default:
       break;
   }
