@@ -306,6 +306,33 @@ def results(
     )  # fmt: skip
 
 
+@app.command("bench-serving")
+def bench_serving(
+    items: Annotated[list[int] | None, typer.Option(metavar="N", help="Default: 100000 and 1000000.")] = None,
+    dtype: Annotated[list[StoreDtype] | None, typer.Option(help="Default: float32 and int8.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="B", help="Histories at a time; default: 1, 8, 32.")
+    ] = None,
+    history: Annotated[int, typer.Option(min=1, help="Items of each history.")] = 50,
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many items.")] = 10,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own choice.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time per case beyond 200 calls.")] = 5.0,
+    json_file: JsonFile = None,
+    json_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the rows to DIR/<device>/serving.json.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Time requests against generated stores in this process, stage by stage."""
+    from .commands.bench_serving import bench_serving_command
+
+    bench_serving_command(
+        items=items or [100_000, 1_000_000], dtypes=[d.value for d in dtype or (StoreDtype.float32, StoreDtype.int8)],
+        batches=batch or [1, 8, 32], history=history, k=k, threads=threads, seconds=seconds, json_file=json_file,
+        json_dir=json_dir,
+    )  # fmt: skip
+
+
 @app.command()
 def benchmark(
     model: Annotated[

@@ -231,6 +231,33 @@ def test_an_id_twice_in_two_parts(tmp_path):
         writer.create(meta(), [items(["a", "b"]), items(["c", "b"])])
 
 
+def test_ids_whose_hashes_are_equal(tmp_path, monkeypatch):
+    """Found by their bytes; two of one id are still found out."""
+    for module in ("store", "snapshot"):
+        monkeypatch.setattr(
+            f"mmrec.recommender.store.{module}.hash_ids", lambda ids: np.array([len(name) for name in ids], np.int64)
+        )
+    names = ["a", "b", "c", "dd", "ee"]
+    store = ItemStore(tmp_path)
+    with store.writer() as writer:
+        with pytest.raises(ValueError, match="ids must be distinct, got 'a' twice"):
+            writer.create(meta(), [items(["a", "b", "c"]), items(["a"])])
+        writer.create(meta(), [items(names)])
+        writer.upsert(items(["f"]))
+    found = store.current().rows(["c", "e", "ee", "f", "a", "", "ggg", "dd"])
+    assert found.tolist() == [2, -1, 4, 5, 0, -1, -1, 3]
+
+
+def test_a_store_without_items(tmp_path):
+    store = ItemStore(tmp_path)
+    with store.writer() as writer:
+        writer.create(meta(), [items([])])
+        assert store.current().rows(["a"]).tolist() == [-1]
+        assert store.current().top_k(torch.ones(1, WIDTH), 2).ids.tolist() == [[-1, -1]]
+        writer.upsert(items(["a"]))
+    assert store.current().rows(["a"]).tolist() == [0] and store.current().top_k(torch.ones(1, WIDTH), 2).ids[0, 0] == 0
+
+
 def test_no_store(tmp_path):
     with pytest.raises(StoreError, match="holds no item store"):
         ItemStore(tmp_path / "nowhere").current()

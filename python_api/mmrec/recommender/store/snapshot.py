@@ -28,9 +28,9 @@ class Index(NamedTuple):
     row: Tensor
 
 
-def hash_ids(ids: Sequence[str]) -> np.ndarray:
-    """int64 `[n]`, of the UTF-8 bytes (BLAKE2b)."""
-    return np.frombuffer(b"".join(hashlib.blake2b(i.encode(), digest_size=8).digest() for i in ids), "<i8")
+def hash_ids(ids: Sequence[bytes]) -> np.ndarray:
+    """int64 `[n]`, of ids in UTF-8 (BLAKE2b)."""
+    return np.frombuffer(b"".join([hashlib.blake2b(i, digest_size=8).digest() for i in ids]), "<i8")
 
 
 class StoreVersion:
@@ -54,12 +54,12 @@ class StoreVersion:
         self._base = base
         self._hash, self._row = index.hash.numpy(), index.row.numpy()
         names = base.ragged["id"]
-        self._id_ends, self._id_bytes = names.offsets.numpy(), names.values.numpy()
+        self._id_ends, self._id_bytes = names.offsets.numpy(), names.values.numpy().data
         self._patch_rows, self._patch = torch.empty(0, dtype=torch.int64), None  # type: Tensor, Columns | None
         if patches:
             self._patch_rows, self._patch = latest(patches)
         self._tail: dict[str, Tensor] = {}
-        self._tail_row: dict[str, int] = {}
+        self._tail_row: dict[bytes, int] = {}
         if self._patch is None:
             return
         behind = int(torch.searchsorted(self._patch_rows, len(base)))
@@ -68,7 +68,7 @@ class StoreVersion:
             self._tail[name] = self._patch.fixed[name][behind:]
         new = self._patch_rows[behind:]
         ids = self._patch.ragged["id"].select(torch.arange(behind, len(self._patch))).strings()
-        self._tail_row = dict(zip(ids, new.tolist(), strict=True))
+        self._tail_row = {name.encode(): row for name, row in zip(ids, new.tolist(), strict=True)}
 
     def __len__(self) -> int:
         return self.num_items
@@ -78,17 +78,25 @@ class StoreVersion:
         found = np.full(len(ids), -1, np.int64)
         if not len(ids):
             return found
-        hashes = hash_ids(ids)
-        first = np.searchsorted(self._hash, hashes)
-        last = np.searchsorted(self._hash, hashes, side="right")
-        for n, name in enumerate(ids):
-            for row in self._row[first[n] : last[n]].tolist():
-                if self._id_bytes[self._id_ends[row] : self._id_ends[row + 1]].tobytes() == name.encode():
-                    found[n] = row
-                    break
-            else:
-                found[n] = self._tail_row.get(name, -1)
+        names = [name.encode() for name in ids]
+        hashes = hash_ids(names)
+        place = np.searchsorted(self._hash, hashes)
+        # Mostly the first of that hash is it. Ids that are not there, and those of equal hashes, take a closer look.
+        row = self._row[np.minimum(place, len(self._row) - 1)] if len(self._row) else found
+        ends = zip(self._id_ends[row].tolist(), self._id_ends[row + 1].tolist(), strict=True)
+        there = [self._id_bytes[begin:end] == name for (begin, end), name in zip(ends, names, strict=True)]
+        found[there] = row[there]
+        for n in np.flatnonzero(~np.array(there)):
+            found[n] = self._find(names[n], int(place[n]), int(hashes[n]))
         return found
+
+    def _find(self, name: bytes, place: int, hashed: int) -> int:
+        while place < len(self._hash) and self._hash[place] == hashed:
+            row = self._row[place]
+            if self._id_bytes[self._id_ends[row] : self._id_ends[row + 1]] == name:
+                return int(row)
+            place += 1
+        return self._tail_row.get(name, -1)
 
     def ids(self, rows: np.ndarray | Tensor) -> list[str]:
         """Of `rows [n]`."""

@@ -229,7 +229,7 @@ class StoreWriter:
 
 def _index(parts: list[Columns]) -> Iterator[tuple[str, Column]]:
     ids = [name for part in parts for name in part.ragged["id"].strings()]
-    hashes = hash_ids(ids)
+    hashes = hash_ids([name.encode() for name in ids])
     order = np.argsort(hashes, kind="stable")
     ordered = hashes[order]
     seen: dict[np.int64, set[str]] = {}

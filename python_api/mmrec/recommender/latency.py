@@ -1,0 +1,127 @@
+"""How long a request takes, stage by stage, on a generated store: `mmrec bench-serving`."""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .config import IDENTITY, RecommenderConfig
+from .inputs import ItemSpec
+from .model import Recommender
+from .online import STAGES, OnlineRecommender
+from .store import ItemRows, ItemStore, Meta
+
+__all__ = ["Latency", "Load", "generated", "measure"]
+
+TOTAL = "total"
+_PART = 1 << 18
+_REOPENED = 5
+_LEAST_CALLS = 200
+_WARM_UP = 20
+
+
+@dataclass(frozen=True)
+class Load:
+    """What is asked: `batch` histories of `history` items at a time, `k` answers each."""
+
+    history: int = 50
+    batch: int = 1
+    k: int = 10
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Milliseconds of a stage (or of all of them, "total") over `calls` calls, and of the first call after opening."""
+
+    items: int
+    width: int
+    dtype: str
+    threads: int
+    history: int
+    batch: int
+    k: int
+    stage: str
+    calls: int
+    p50_ms: float
+    p95_ms: float
+    p99_ms: float
+    cold_ms: float
+
+
+@contextmanager
+def generated(
+    items: int, dtype: str, *, width: int = 64, history: int = 50, seed: int = 0
+) -> Iterator[OnlineRecommender]:
+    """An untrained model over a store of random items, in a temporary folder: times do not depend on the values."""
+    config = RecommenderConfig(modalities=(IDENTITY,), width=width, max_length=history, seed=seed)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = Recommender(config, ItemSpec(1))
+    generator = torch.Generator().manual_seed(seed)
+
+    def parts() -> Iterator[ItemRows]:
+        for begin in range(0, items, _PART):
+            n = min(_PART, items - begin)
+            names = [str(row) for row in range(begin, begin + n)]
+            yield ItemRows(
+                names, torch.randn(n, width, generator=generator), torch.ones(n, 1), torch.ones(n, dtype=torch.bool),
+                torch.zeros(n, 16, dtype=torch.uint8), [f"Item {name}" for name in names], {},
+            )  # fmt: skip
+
+    with tempfile.TemporaryDirectory(prefix="mmrec-") as folder:
+        store = ItemStore(Path(folder))
+        with store.writer() as writer:
+            writer.create(Meta(width, dtype, (IDENTITY,), "generated", {}), parts())
+        yield OnlineRecommender(model, store)
+
+
+def measure(online: OnlineRecommender, load: Load, *, seconds: float, seed: int = 0) -> list[Latency]:
+    """One row per stage, and one for all of them, over at least 200 calls and `seconds`."""
+    random = np.random.default_rng(seed)
+    num_items = len(online.version)
+
+    def call(on: OnlineRecommender) -> dict[str, float]:
+        histories = [[str(row) for row in random.integers(num_items, size=load.history)] for _ in range(load.batch)]
+        taken: dict[str, float] = {}
+        began = time.perf_counter()
+        on.recommend(histories, load.k, seconds=taken)
+        return {**taken, TOTAL: time.perf_counter() - began}
+
+    for _ in range(_WARM_UP):
+        call(online)
+    cold = []
+    for _ in range(_REOPENED):  # another mapping: its pages are in memory, but not in this process's tables
+        cold.append(call(OnlineRecommender(online.model, ItemStore(online.store.folder))))
+    calls: list[dict[str, float]] = []
+    until = time.perf_counter() + seconds
+    while len(calls) < _LEAST_CALLS or time.perf_counter() < until:
+        calls.append(call(online))
+    found = []
+    for stage in (*STAGES, TOTAL):
+        p50, p95, p99 = 1e3 * np.percentile([taken[stage] for taken in calls], [50, 95, 99])
+        first = 1e3 * float(np.median([taken[stage] for taken in cold]))
+        found.append(
+            Latency(
+                num_items,
+                online.version.meta.width,
+                online.version.meta.dtype,
+                torch.get_num_threads(),
+                load.history,
+                load.batch,
+                load.k,
+                stage,
+                len(calls),
+                float(p50),
+                float(p95),
+                float(p99),
+                first,
+            )  # fmt: skip
+        )
+    return found
