@@ -44,6 +44,21 @@ def test_equals_a_transformer_with_torchs_attention(layers: int) -> None:
     torch.testing.assert_close(model(vectors, index, offsets), torch.cat(parts))
 
 
+@pytest.mark.parametrize("layers", [1, 2, 3])
+def test_the_last_states_alone_are_those_of_all(layers: int) -> None:
+    model = tower(layers=layers)
+    vectors, index, _ = histories()
+    vectors.requires_grad_()
+    offsets = torch.tensor([0, 3, 9, 10])
+    every, last = model(vectors, index, offsets), model(vectors, index, offsets, last=True)
+    torch.testing.assert_close(last, every[offsets[1:] - 1])
+    weight = torch.randn_like(last)
+    leaves = [vectors, *model.parameters()]
+    wanted = torch.autograd.grad((every[offsets[1:] - 1] * weight).sum(), leaves)
+    for got, one in zip(torch.autograd.grad((last * weight).sum(), leaves), wanted, strict=True):
+        torch.testing.assert_close(got, one)
+
+
 def test_a_later_item_changes_no_earlier_state() -> None:
     model = tower()
     vectors, index, offsets = histories()

@@ -90,9 +90,10 @@ class Recommender(nn.Module):
             self.train(training)
         return ItemVectors(torch.cat([part.vectors for part in parts]), torch.cat([part.mass for part in parts]))
 
-    def states(self, vectors: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
-        """User states `[T, d]` after every item of ragged histories, see `UserTower.forward`; with gradients."""
-        states = self.user_tower(vectors, index, offsets)
+    def states(self, vectors: Tensor, index: Tensor, offsets: Tensor, *, last: bool = False) -> Tensor:
+        """User states `[T, d]` after every item of ragged histories, or `[B, d]` after the last ones, see
+        `UserTower.forward`; with gradients."""
+        states = self.user_tower(vectors, index, offsets, last=last)
         return F.normalize(states, dim=1) if self.config.score == "cosine" else states
 
     @torch.no_grad()
@@ -113,7 +114,7 @@ class Recommender(nn.Module):
                 part = _last(histories.rows(slice(start, start + batch_size)), self.config.max_length)
                 index = torch.from_numpy(part.ids.astype(np.int64)).to(self.device)
                 offsets = torch.from_numpy(part.offsets).to(self.device)
-                states.append(self.states(items.vectors, index, offsets).index_select(0, offsets[1:] - 1))
+                states.append(self.states(items.vectors, index, offsets, last=True))
         finally:
             self.train(training)
         return torch.cat(states)

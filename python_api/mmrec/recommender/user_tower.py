@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from mmrec_kernels import Segment, cross_modal_attention
 
@@ -28,10 +29,25 @@ class _Block(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
-        query, key, value = (
-            self.qkv(self.attention_norm(x)).view(len(x), 3, self.heads, x.shape[1] // self.heads).unbind(1)
-        )
+        query, key, value = self._split(self.qkv(self.attention_norm(x)), 3)
         heard = cross_modal_attention(query, [Segment(key, value, offsets, causal=True)], offsets)
+        return self._feed(x, heard)
+
+    def last(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """`[B, d]`: what `forward` gives at the last position of each history. The others are keys and values only."""
+        width, normed = x.shape[1], self.attention_norm(x)
+        rows = offsets[1:] - 1
+        weight, bias = self.qkv.weight, self.qkv.bias
+        (query,) = self._split(F.linear(normed.index_select(0, rows), weight[:width], bias[:width]), 1)
+        key, value = self._split(F.linear(normed, weight[width:], bias[width:]), 2)
+        one_each = torch.arange(len(offsets), device=offsets.device)
+        heard = cross_modal_attention(query, [Segment(key, value, offsets)], one_each)
+        return self._feed(x.index_select(0, rows), heard)
+
+    def _split(self, x: Tensor, parts: int) -> tuple[Tensor, ...]:
+        return x.view(len(x), parts, self.heads, x.shape[1] // parts // self.heads).unbind(1)
+
+    def _feed(self, x: Tensor, heard: Tensor) -> Tensor:
         x = x + self.dropout(self.out(heard.flatten(1)))
         return x + self.dropout(self.feed(self.feed_norm(x)))
 
@@ -54,13 +70,14 @@ class UserTower(nn.Module):
         self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
         self.output_norm = nn.LayerNorm(width)
 
-    def forward(self, item_vectors: Tensor, index: Tensor, offsets: Tensor) -> Tensor:
+    def forward(self, item_vectors: Tensor, index: Tensor, offsets: Tensor, *, last: bool = False) -> Tensor:
         """`[T, d]`: state t has read the items of its history up to and including position t.
 
         Args:
             item_vectors: `[I, d]`, gathered by index.
             index: int64 `[T]`, the rows of all histories end to end.
             offsets: int64 `[B + 1]`; no history longer than `max_length`.
+            last: give only the last state of each history, `[B, d]`, for less work; none may be empty.
 
         Raises:
             ValueError: a history longer than `max_length`.
@@ -73,6 +90,7 @@ class UserTower(nn.Module):
         place = torch.arange(len(index), device=index.device) - offsets[:-1].repeat_interleave(lengths)
         x = item_vectors.index_select(0, index) + self.position.index_select(0, place)
         x = self.input_dropout(self.input_norm(x))
-        for block in self.blocks:
-            x = block(x, offsets)
+        for n, block in enumerate(self.blocks):
+            assert isinstance(block, _Block)
+            x = block.last(x, offsets) if last and n == len(self.blocks) - 1 else block(x, offsets)
         return self.output_norm(x)
