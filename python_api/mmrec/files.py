@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import os
 import secrets
@@ -38,9 +39,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
-    # The rename is durable once the folder is on the disk; not every file system lets a folder be opened.
-    with contextlib.suppress(OSError):
-        sync(path.parent)
+    sync_folder(path.parent)
+
+
+def sync_folder(path: Path) -> None:
+    """Has a folder's names on the disk, where renames become durable; not every file system lets a folder be opened."""
+    try:
+        sync(path)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EACCES, errno.EPERM, errno.EBADF, errno.ENOTSUP, errno.EISDIR):
+            raise
 
 
 def sync(path: Path) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import re
+import shutil
 import subprocess
 import sys
 import time
@@ -18,7 +20,8 @@ import torch
 from safetensors import safe_open
 from store_helpers import WIDTH, items, meta
 
-from mmrec.recommender.store import ItemRows, ItemStore, StoreBusyError, StoreError, StoreVersion
+from mmrec.fusion import Tokens
+from mmrec.recommender.store import ItemRows, ItemStore, StoreBusyError, StoreError, StoreVersion, columns, manifest
 
 IDS = [f"item-{n}" * (1 + n % 3) for n in range(300)] + ["ü", "𝄞", " ", "a,b"]
 
@@ -54,6 +57,11 @@ def assert_holds(version: StoreVersion, expected: ItemRows, dtype: str = "float3
     assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
 
 
+def tokens(offsets: list[int], values: int, kinds: int | None = None, dtype: torch.dtype = torch.int64) -> dict:
+    kind = torch.zeros(values if kinds is None else kinds, dtype=torch.int64)
+    return {"text": Tokens(torch.zeros(values, 4), torch.tensor(offsets, dtype=dtype), kind)}
+
+
 def patched(base: ItemRows, *changes: ItemRows) -> ItemRows:
     """All items after the changes, in the order of their rows."""
     latest = {name: (base, n) for n, name in enumerate(base.ids)}
@@ -66,18 +74,16 @@ def patched(base: ItemRows, *changes: ItemRows) -> ItemRows:
         )
         for part, n in latest.values()
     ]  # fmt: skip
-    from mmrec.fusion import Tokens
-
     text = [part.tokens["text"] for part in parts]
     lengths = torch.cat([t.offsets.diff() for t in text])
-    tokens = Tokens(
+    joined = Tokens(
         torch.cat([t.values for t in text]), torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)]),
         torch.cat([t.kind for t in text]),
     )  # fmt: skip
     return ItemRows(
         [part.ids[0] for part in parts],
         *(torch.cat([getattr(part, name) for part in parts]) for name in ("vectors", "mass", "known", "content")),
-        [part.titles[0] for part in parts], {"text": tokens},
+        [part.titles[0] for part in parts], {"text": joined},
     )  # fmt: skip
 
 
@@ -88,7 +94,8 @@ def test_what_goes_in_comes_out(tmp_path, dtype):
     assert_holds(ItemStore(tmp_path).current(), items(IDS), dtype)
     version = store.current()
     assert version is store.current() and version.number == 1 and version.meta == meta(dtype)
-    assert version.rows(["item-0", "nobody", "", "a,b", "item-0"]).tolist() == [0, -1, -1, len(IDS) - 1, 0]
+    asked = ["item-0", "nobody", "", "a,b", "\ud800", "item-0"]
+    assert version.rows(asked).tolist() == [0, -1, -1, len(IDS) - 1, -1, 0]
     assert version.rows([]).tolist() == [] and version.ids([]) == [] and version.vectors([]).shape == (0, WIDTH)
 
 
@@ -113,7 +120,7 @@ def test_changed_and_new_items(tmp_path, dtype):
 
 
 def test_small_patches_become_larger_ones_and_the_base_in_the_end(tmp_path, monkeypatch):
-    monkeypatch.setattr("mmrec.recommender.store.store._MOST_PATCHED", 40)
+    monkeypatch.setattr("mmrec.recommender.store.writer._MOST_PATCHED", 40)
     store, changes = made(tmp_path), []
     files = []
     for n in range(60):
@@ -210,10 +217,14 @@ def test_files_are_safetensors_and_the_items_stay_in_them(tmp_path):
         ({"ids": ["a", "a"]}, "ids must be distinct"),
         ({"ids": ["a", ""]}, "ids must be distinct strings, none empty"),
         ({"vectors": torch.zeros(2, 3)}, r"vectors must be \[2, 16\], got \[2, 3\]"),
-        ({"vectors": torch.tensor([[0.0], [torch.nan]]).expand(2, WIDTH)}, "vectors must be finite, that of item .b."),
+        ({"vectors": torch.tensor([[0.0], [torch.nan]]).expand(2, WIDTH)}, "finite in float32, that of item .b."),
         ({"mass": torch.zeros(2, 3)}, r"mass must be \[2, 2\]"),
         ({"titles": ["x"]}, "titles must be 2, got 1"),
-        ({"tokens": {}}, r"tokens must be of 2 items and of widths {'text': 4}, got {}"),
+        ({"tokens": {}}, r"tokens must be of widths {'text': 4}, got {}"),
+        ({"tokens": tokens([0, 1, 1], 2)}, r"tokens\['text'\] needs offsets that rise from 0 to its 2 values"),
+        ({"tokens": tokens([0, 3, 2], 2)}, r"tokens\['text'\] needs offsets that rise from 0"),
+        ({"tokens": tokens([0, 1, 2], 2, kinds=1)}, "and 1 kinds"),
+        ({"tokens": tokens([0, 1, 2], 2, dtype=torch.int32)}, r"needs offsets int64 \[3\], got torch.int32"),
     ],
 )  # fmt: skip
 def test_what_does_not_fit_is_refused_and_nothing_is_lost(tmp_path, change, message):
@@ -233,7 +244,7 @@ def test_an_id_twice_in_two_parts(tmp_path):
 
 def test_ids_whose_hashes_are_equal(tmp_path, monkeypatch):
     """Found by their bytes; two of one id are still found out."""
-    for module in ("store", "snapshot"):
+    for module in ("writer", "snapshot"):
         monkeypatch.setattr(
             f"mmrec.recommender.store.{module}.hash_ids", lambda ids: np.array([len(name) for name in ids], np.int64)
         )
@@ -301,11 +312,105 @@ def test_a_damaged_version_is_told_and_the_one_before_serves(tmp_path, caplog, f
         assert_holds(store.current(), old)
         assert store.current() is store.current()
     told = [record.getMessage() for record in caplog.records]
-    assert len(told) == (0 if damage == "gone" else 1) and all(file in line for line in told)
+    assert len(told) == (0 if path.suffix == ".json" and damage == "gone" else 1) and all(file in line for line in told)
+    change = items(["another"])
     with store.writer() as writer:  # and the store goes on
-        number = writer.upsert(items(["another"]))
-    assert number == 3 if (file, damage) != ("version-00000002.json", "gone") else number == 2
-    assert_holds(ItemStore(tmp_path).current(), patched(old, items(["another"])))
+        assert writer.upsert(change) == 3
+    assert_holds(ItemStore(tmp_path).current(), patched(old, change))
+    assert_holds(store.current(), patched(old, change))
+    if path.suffix == ".json" and damage != "gone":  # somebody may want to look at it
+        assert path.exists() and (tmp_path / "patch-00000002.safetensors").exists()
+
+
+def test_a_version_that_is_mended_serves_again(tmp_path):
+    _, newest = versions_of(tmp_path)
+    path = tmp_path / "patch-00000002.safetensors"
+    whole = path.read_bytes()
+    path.unlink()
+    store = ItemStore(tmp_path)
+    assert store.current().number == 1
+    path.write_bytes(whole)
+    assert_holds(store.current(), newest)
+
+
+def test_what_goes_into_a_new_version_is_checked_anew(tmp_path):
+    """A file that was damaged after it had been opened does not come into a new one with a checksum that fits."""
+    old, _ = versions_of(tmp_path)
+    store = ItemStore(tmp_path)
+    assert store.current().number == 2
+    path = tmp_path / "patch-00000002.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 4
+    path.write_bytes(data)
+    change = items(["item-6", "item-9", "x"], seed=5)
+    with store.writer() as writer:
+        assert writer.upsert(change) == 3
+    assert_holds(ItemStore(tmp_path).current(), patched(old, change))
+
+
+def test_an_error_that_passes_is_no_damage(tmp_path, monkeypatch):
+    _, newest = versions_of(tmp_path)
+    store = ItemStore(tmp_path)
+    for name in ("read_bytes", "stat"):
+        real = getattr(Path, name)
+
+        def fails(path, *args, real=real, **kwargs):
+            if "00000002" in path.name:
+                raise OSError(24, "Too many open files", str(path))
+            return real(path, *args, **kwargs)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, name, fails)
+            with pytest.raises(OSError, match="Too many open files"):
+                store.current()
+    assert_holds(store.current(), newest)
+
+
+def test_a_store_that_was_made_anew_is_another(tmp_path):
+    store = made(tmp_path / "store")
+    assert store.current().number == 1
+    shutil.rmtree(tmp_path / "store")
+    made(tmp_path / "store", seed=7)
+    assert_holds(store.current(), items(IDS, seed=7))
+
+
+def test_a_folder_of_something_else_is_left_alone(tmp_path):
+    for name in ("run.json", "model.safetensors"):
+        folder = tmp_path / name.split(".")[0]
+        folder.mkdir()
+        (folder / name).write_bytes(b"precious")
+        with pytest.raises(StoreError, match=f"holds {name}; an item store needs a folder of its own"):
+            made(folder)
+        assert [path.name for path in folder.iterdir()] == [name]
+    made(tmp_path / "store")
+    (tmp_path / "store" / "model.safetensors").write_bytes(b"precious")
+    with ItemStore(tmp_path / "store").writer() as writer:
+        for _ in range(5):
+            writer.compact()
+    assert (tmp_path / "store" / "model.safetensors").read_bytes() == b"precious"
+
+
+def test_a_store_of_a_newer_format_is_left_alone(tmp_path):
+    store = made(tmp_path)
+    with store.writer() as writer:
+        for n in range(2):
+            writer.upsert(items([f"new-{n}"]))
+    path = tmp_path / "version-00000003.json"
+    content = json.loads(path.read_text()) | {"format": 99}
+    del content["crc32"]
+    path.write_text(json.dumps(content | {"crc32": manifest._checksum(content)}))
+    before = {path.name for path in tmp_path.iterdir()}
+    with ItemStore(tmp_path).writer() as writer:
+        for _ in range(5):
+            writer.compact()
+    assert before <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_no_items_make_no_version(tmp_path):
+    store = made(tmp_path)
+    with store.writer() as writer:
+        assert writer.upsert(items([])) == 1
+    assert_holds(store.current(), items(IDS))
 
 
 def test_every_flipped_bit_is_found(tmp_path):
@@ -332,10 +437,10 @@ def test_every_flipped_bit_is_found(tmp_path):
 
 
 def test_a_full_disk_leaves_the_version_before(tmp_path, monkeypatch):
-    store = made(tmp_path)
+    store, now = made(tmp_path), items(IDS)
     real = os.fsync
     for failing in range(6):
-        calls = iter(range(100))
+        calls, change = iter(range(100)), items(["item-3", f"new-{failing}"], seed=failing)
 
         def full(handle, calls=calls, failing=failing):
             if next(calls) == failing:
@@ -345,13 +450,17 @@ def test_a_full_disk_leaves_the_version_before(tmp_path, monkeypatch):
         monkeypatch.setattr(os, "fsync", full)
         try:
             with store.writer() as writer:
-                writer.upsert(items(["item-3", "new"], seed=5))
+                writer.upsert(change)
         except OSError as error:
             assert error.errno == 28
+        else:
+            assert failing > 3  # a file, its folder, the version, its folder
         monkeypatch.setattr(os, "fsync", real)
         version = ItemStore(tmp_path).current()
-        known = "new" in version.ids(np.arange(len(version)))
-        assert_holds(version, patched(items(IDS), items(["item-3", "new"], seed=5)) if known else items(IDS))
+        if f"new-{failing}" in version.ids(np.arange(len(version))):
+            assert failing >= 3  # the version had its name already
+            now = patched(now, change)
+        assert_holds(version, now)
         assert not list(tmp_path.glob(".tmp-*"))
 
 
@@ -371,6 +480,42 @@ def seed_of(version: StoreVersion, name: str) -> int:
     """Which `items(…, seed)` the item is of, by its title."""
     (title,) = version.titles(version.rows([name]))
     return int(re.search(r"(\d+) ✓", title)[1])
+
+
+@pytest.mark.parametrize("part", ["vectors", "index.hash", "patch.rows"])
+def test_a_disk_that_fills_while_a_file_is_written(tmp_path, monkeypatch, part):
+    store, now = made(tmp_path), items(IDS)
+    real = columns._bytes_of
+
+    def full(given):
+        for name, column in given.items():
+            if name == part:
+                raise OSError(28, "No space left on device")
+            yield from real({name: column})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(columns, "_bytes_of", full)
+        with store.writer() as writer:
+            for act in (lambda: writer.upsert(items(["new"])), writer.compact):
+                with contextlib.suppress(OSError):
+                    act()
+                    assert part == ("index.hash" if act != writer.compact else "patch.rows")
+    version = ItemStore(tmp_path).current()
+    assert_holds(version, patched(now, items(["new"])) if "new" in version.ids(np.arange(len(version))) else now)
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_a_full_disk_at_compaction_keeps_the_update(tmp_path, monkeypatch, caplog):
+    store, change = made(tmp_path), items(["item-3", "new"], seed=2)
+    monkeypatch.setattr("mmrec.recommender.store.writer._MOST_PATCHED", 1)
+    monkeypatch.setattr("mmrec.recommender.store.writer._MOST_PATCHED_SHARE", 0)
+    monkeypatch.setattr(
+        "mmrec.recommender.store.writer.StoreWriter.compact", lambda self: (_ for _ in ()).throw(OSError(28, "full"))
+    )
+    with store.writer() as writer:
+        assert writer.upsert(change) == 2
+    assert "could not be compacted" in caplog.text
+    assert_holds(ItemStore(tmp_path).current(), patched(items(IDS), change))
 
 
 def test_killed_a_hundred_times(tmp_path, writing):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
@@ -61,6 +62,7 @@ class OnlineRecommender:
         self.model = model.eval()
         self.store = store
         self.model_id = model_id
+        self._reloading = threading.Lock()
         self.version = self._usable(store.current())
 
     def reload(self) -> bool:
@@ -69,11 +71,12 @@ class OnlineRecommender:
         Raises:
             StoreError: it is of another model; the version before goes on serving.
         """
-        newest = self.store.current()
-        if newest is self.version:
-            return False
-        self.version = self._usable(newest)
-        return True
+        with self._reloading:
+            newest = self.store.current()
+            if newest is self.version:
+                return False
+            self.version = self._usable(newest)
+            return True
 
     def recommend(
         self,
@@ -110,7 +113,7 @@ class OnlineRecommender:
                 query = self._states(version, rows, offsets, depth or most)
             with _timed(taken, "retrieval"):
                 seen = (torch.from_numpy(offsets), torch.from_numpy(rows)) if exclude_seen else None
-                found = version.top_k(query, k, exclude=seen)
+                found = version.top_k(query, min(k, max(len(version), 1)), exclude=seen)
             with _timed(taken, "answer"):
                 return _answers(version, found.ids, found.scores, unknown)
 
@@ -131,8 +134,8 @@ class OnlineRecommender:
         if not bool(torch.segment_reduce(told.float(), "max", offsets=places, initial=0).all()):
             raise ValueError("histories: the model knows nothing about any item of one of them")
         device = self.model.device
-        states = self.model.states(vectors.to(device), torch.arange(len(read), device=device), places.to(device))
-        return states.index_select(0, (places[1:] - 1).to(device)).to(vectors.device)
+        index = torch.arange(len(read), device=device)
+        return self.model.states(vectors.to(device), index, places.to(device), last=True).to(vectors.device)
 
     def _usable(self, version: StoreVersion) -> StoreVersion:
         from .store import StoreError

@@ -3,6 +3,7 @@
 from .columns import DTYPES, ItemRows, Meta
 from .manifest import StoreError
 from .snapshot import StoreVersion
-from .store import ItemStore, StoreBusyError, StoreWriter
+from .store import ItemStore, StoreBusyError
+from .writer import StoreWriter
 
 __all__ = ["DTYPES", "ItemRows", "ItemStore", "Meta", "StoreBusyError", "StoreError", "StoreVersion", "StoreWriter"]

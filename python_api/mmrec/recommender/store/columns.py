@@ -21,6 +21,8 @@ from ...fusion.tokens import Tokens
 __all__ = ["CHUNK", "DTYPES", "Columns", "ItemRows", "Meta", "Ragged", "encode", "map_file", "write_file"]
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
+# Whatever a str holds: ids come from outside.
+UTF8 = ("utf-8", "surrogatepass")
 # Bytes that one checksum covers.
 CHUNK = 1 << 24
 # Files name tensors "<name>" (a row per item), and "<name>.values" with "<name>.offsets" where an item has any number.
@@ -111,7 +113,7 @@ class Ragged(NamedTuple):
     def strings(self) -> list[str]:
         """Of UTF-8 bytes."""
         data, ends = self.values.numpy().tobytes(), self.offsets.tolist()
-        return [data[a:b].decode() for a, b in zip(ends[:-1], ends[1:], strict=True)]
+        return [data[a:b].decode(*UTF8) for a, b in zip(ends[:-1], ends[1:], strict=True)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -179,12 +181,15 @@ def encode(items: ItemRows, meta: Meta) -> Columns:
     if len(items.titles) != n:
         raise ValueError(f"titles must be {n}, got {len(items.titles)}")
     widths = {name: tokens.values.shape[1] for name, tokens in items.tokens.items()}
-    if widths != dict(meta.tokens) or any(tokens.num_items != n for tokens in items.tokens.values()):
-        raise ValueError(f"tokens must be of {n} items and of widths {dict(meta.tokens)}, got {widths}")
+    if widths != dict(meta.tokens):
+        raise ValueError(f"tokens must be of widths {dict(meta.tokens)}, got {widths}")
+    for name, tokens in items.tokens.items():
+        _check_tokens(name, tokens, n)
     vectors = items.vectors.detach().float().cpu()
-    finite = vectors.isfinite().all(1)
+    finite = (vectors.bfloat16() if meta.dtype == "bfloat16" else vectors).isfinite().all(1)
     if not bool(finite.all()):
-        raise ValueError(f"vectors must be finite, that of item {items.ids[int(finite.int().argmin())]!r} is not")
+        first = items.ids[int(finite.int().argmin())]
+        raise ValueError(f"vectors must be finite in {meta.dtype}, that of item {first!r} is not")
     fixed = {
         "vectors": vectors.to(DTYPES[meta.dtype]) if meta.dtype != "int8" else vectors,
         "mass": items.mass.detach().cpu().to(torch.float16),
@@ -200,12 +205,24 @@ def encode(items: ItemRows, meta: Meta) -> Columns:
     for name, tokens in items.tokens.items():
         values, offsets, kind = (t.detach().cpu() for t in tokens)
         ragged[f"tokens.{name}"] = Ragged(values.to(torch.bfloat16), offsets)
-        ragged[f"kinds.{name}"] = Ragged(kind, offsets)
+        ragged[f"kinds.{name}"] = Ragged(kind.to(torch.int64), offsets)
     return Columns(fixed, ragged)
 
 
+def _check_tokens(name: str, tokens: Tokens, n: int) -> None:
+    values, offsets, kind = tokens
+    if offsets.shape != (n + 1,) or offsets.dtype != torch.int64:
+        raise ValueError(f"tokens[{name!r}] needs offsets int64 [{n + 1}], got {offsets.dtype} {list(offsets.shape)}")
+    ends = (int(offsets[0]), int(offsets[-1]))
+    if ends != (0, len(values)) or len(kind) != len(values) or bool((offsets.diff() < 0).any()):
+        raise ValueError(
+            f"tokens[{name!r}] needs offsets that rise from 0 to its {len(values)} values and a kind for each, got "
+            f"offsets from {ends[0]} to {ends[1]} and {len(kind)} kinds"
+        )
+
+
 def _utf8(texts: Sequence[str]) -> Ragged:
-    data = [text.encode() for text in texts]
+    data = [text.encode(*UTF8) for text in texts]
     offsets = torch.zeros(len(data) + 1, dtype=torch.int64)
     torch.cumsum(torch.tensor([len(one) for one in data], dtype=torch.int64), 0, out=offsets[1:])
     return Ragged(torch.from_numpy(np.frombuffer(b"".join(data), np.uint8).copy()), offsets)

@@ -17,14 +17,31 @@ import numpy as np
 from ...files import write_atomic
 from .columns import CHUNK, Meta
 
-__all__ = ["DataFile", "Manifest", "StoreError", "check_file", "numbers", "read_manifest", "write_manifest"]
+__all__ = [
+    "DATA",
+    "DataFile",
+    "Manifest",
+    "StoreError",
+    "StoreFormatError",
+    "check_file",
+    "identity",
+    "numbers",
+    "path_of",
+    "read_manifest",
+    "write_manifest",
+]
 
 FORMAT = 1
 _NAME = re.compile(r"version-(\d{8})\.json")
+DATA = re.compile(r"(?:base|patch)-(\d{8})\.safetensors")
 
 
 class StoreError(ValueError):
     """A store that cannot be read, or a file of it that is damaged: the message names it."""
+
+
+class StoreFormatError(StoreError):
+    """A version in a format that this version of the code does not know."""
 
 
 @dataclass(frozen=True)
@@ -60,6 +77,12 @@ def numbers(folder: Path) -> list[int]:
     return sorted((int(m.group(1)) for m in map(_NAME.fullmatch, names) if m), reverse=True)
 
 
+def identity(folder: Path, number: int) -> tuple[int, ...]:
+    """What tells a version from another one of the same number: its JSON's place and times."""
+    status = path_of(folder, number).stat()
+    return number, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """From when this returns on, the version is there, on the disk; before, it is not."""
     content = {
@@ -73,7 +96,7 @@ def write_manifest(folder: Path, manifest: Manifest) -> None:
 
 
 def read_manifest(folder: Path, number: int) -> Manifest:
-    """StoreError if it is damaged or of another format; FileNotFoundError if it is gone."""
+    """StoreError if it is damaged or of another format; OSError if it is gone or cannot be read now."""
     path = path_of(folder, number)
     try:
         content = json.loads(path.read_bytes())
@@ -81,14 +104,12 @@ def read_manifest(folder: Path, number: int) -> Manifest:
         if checksum != _checksum(content):
             raise ValueError("its checksum does not fit")
         if content["format"] != FORMAT:
-            raise StoreError(f"{path} has format {content['format']}; this version reads {FORMAT}")
+            raise StoreFormatError(f"{path} has format {content['format']}; this version reads {FORMAT}")
         files = tuple(DataFile(f["name"], f["items"], f["size"], tuple(f["crc32"])) for f in content["files"])
         return Manifest(content["number"], Meta.from_dict(content["meta"]), content["num_items"], files)
-    except FileNotFoundError:
-        raise
     except StoreError:
         raise
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise StoreError(f"{path} is damaged ({type(error).__name__}: {error})") from None
 
 

@@ -14,7 +14,7 @@ from mmrec_kernels import top_k
 from mmrec_kernels.retrieval import TopK
 
 from ...fusion.tokens import Tokens
-from .columns import Columns, Meta, Ragged
+from .columns import UTF8, Columns, Meta, Ragged
 
 __all__ = ["Index", "StoreVersion", "hash_ids", "latest"]
 
@@ -68,7 +68,7 @@ class StoreVersion:
             self._tail[name] = self._patch.fixed[name][behind:]
         new = self._patch_rows[behind:]
         ids = self._patch.ragged["id"].select(torch.arange(behind, len(self._patch))).strings()
-        self._tail_row = {name.encode(): row for name, row in zip(ids, new.tolist(), strict=True)}
+        self._tail_row = {name.encode(*UTF8): row for name, row in zip(ids, new.tolist(), strict=True)}
 
     def __len__(self) -> int:
         return self.num_items
@@ -78,7 +78,7 @@ class StoreVersion:
         found = np.full(len(ids), -1, np.int64)
         if not len(ids):
             return found
-        names = [name.encode() for name in ids]
+        names = [name.encode(*UTF8) for name in ids]
         hashes = hash_ids(names)
         place = np.searchsorted(self._hash, hashes)
         # Mostly the first of that hash is it. Ids that are not there, and those of equal hashes, take a closer look.
