@@ -26,3 +26,18 @@ def compile_for_host(source: str, folder: Path) -> ctypes.CDLL:
     ]  # fmt: skip
     subprocess.run(command, check=True)
     return ctypes.CDLL(str(library))
+
+
+COMPILED = ROOT / "mmrec_kernels" / "_C_cuda.so"
+
+
+def compiled_usage(kernel: str) -> dict[tuple[str, str], dict[str, int]]:
+    """What nvcc's compilations of a kernel use, by architecture and name; skips where there is no CUDA library."""
+    if not COMPILED.exists():
+        pytest.skip("no CUDA library was built (nvcc)")
+    pytest.importorskip("triton")  # its tools read the library
+    from aot import resource_usage
+
+    found = {key: used for key, used in resource_usage(COMPILED).items() if kernel in key[1]}
+    assert {arch for arch, _ in found} == {"sm_80", "sm_90a"}
+    return found
