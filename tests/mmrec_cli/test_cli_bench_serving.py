@@ -40,4 +40,5 @@ def test_what_cannot_be_measured(mmrec: Mmrec, tmp_path: Path) -> None:
     mmrec("bench-serving", "--items", 0).failed("--items must be at least 1, got 0")
     mmrec("bench-serving", "--batch", 0).failed("--batch must be at least 1, got 0")
     mmrec("bench-serving", "--json", "a", "--json-dir", "b").failed("two ways")
+    mmrec("bench-serving", "--json", tmp_path).failed("this is a folder")
     mmrec("bench-serving", "--dtype", "float8").failed("float8", code=2)

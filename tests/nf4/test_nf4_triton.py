@@ -14,7 +14,7 @@ import torch
 from nf4_providers import use_triton
 from test_nf4_kernel import assert_right, make, normal, run
 
-from gpu import assert_captured
+from gpu import assert_captured, on_gpu
 from mmrec_kernels.nf4 import NF4Weight, nf4_linear
 from poison import poison_new_memory
 
@@ -153,10 +153,6 @@ def test_launches_compiled_ahead_of_time() -> None:
 
 
 GPU_SIZES = [(896, 896, 64, 16), (200, 1000, 64, 8), (77, 45, 64, 3), (4864, 896, 64, 64), (130, 512, 4096, 33)]
-
-
-def on_gpu(given: dict[str, Any]) -> dict[str, Any]:
-    return {n: v.to("cuda") for n, v in given.items()}
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from test_nf4_kernel import assert_right, make, normal, run, surrounded
 from torch import Tensor
 
 from emulated import HERE, compiled_usage
-from gpu import assert_captured
+from gpu import assert_captured, on_gpu
 from mmrec_kernels import library, schemas
 from mmrec_kernels.nf4 import LoRA, NF4Weight, nf4_linear, reference
 
@@ -54,9 +54,7 @@ def test_emulated_kernel_matches_the_oracle(
 
 @HERE
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_emulated_kernel_without_adapters_or_bias_and_with_those_of_its_dtype(
-    dtype: torch.dtype, served: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_emulated_kernel_without_adapters_or_bias_and_with_those_of_its_dtype(dtype: torch.dtype, served: None) -> None:
     weight, x = NF4Weight.quantize(normal(40, 192).float()), normal(2, 6, 192, seed=1).to(dtype)
     bias, a, b = normal(40, seed=2), normal(16, 192, seed=3) / 14, normal(40, 16, seed=4)
     for lora, one in (
@@ -182,10 +180,6 @@ def small(given: dict[str, Any], save: bool = True) -> tuple[Tensor, Tensor]:
         given["x"], *weight.tensors(), weight.shape[0], weight.blocksize, given["bias"], given["a"], given["b"], 1.0,
         given["scalings"], given["ids"], save,
     )  # fmt: skip
-
-
-def on_gpu(given: dict[str, Any]) -> dict[str, Any]:
-    return {n: v.to("cuda") for n, v in given.items()}
 
 
 @pytest.mark.gpu

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .benchmark import rows_path
 from .console import print_rows, say, status, write_json
 
 __all__ = ["bench_serving_command"]
@@ -20,16 +21,14 @@ def bench_serving_command(
 ) -> None:  # fmt: skip
     """See ``mmrec bench-serving --help``."""
     import torch
-    from mmrec_kernels.benchmarks import measure as files
     from mmrec_kernels.benchmarks import rows
 
     from ..recommender.latency import Load, generated, measure
 
-    if json_file is not None and json_dir is not None:
-        raise ValueError("--json and --json-dir are two ways to say where the rows go; give one")
     for flag, given in (("--items", items), ("--batch", batches)):
         if min(given) < 1:
             raise ValueError(f"{flag} must be at least 1, got {min(given)}")
+    path = rows_path(json_file, json_dir, "serving", "cpu")
     if threads is not None:
         torch.set_num_threads(threads)
     content: dict[str, Any] = {"command": "bench-serving", "environment": rows.environment("cpu"), "rows": []}
@@ -42,7 +41,6 @@ def bench_serving_command(
                     found = [asdict(row) for row in measure(online, Load(history, batch, k), seconds=seconds)]
                 content["rows"] += found
                 _show(found)
-    path = json_file if json_dir is None else files.path_in(json_dir, "serving", "cpu")
     write_json(path, content)
 
 

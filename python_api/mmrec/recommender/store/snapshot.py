@@ -163,10 +163,6 @@ class StoreVersion:
             {name: self._ragged(name, rows) for name in self._base.ragged},
         )
 
-    def patch(self) -> tuple[Tensor, Columns | None]:
-        """What has changed or come since the base: rows, ascending, and their columns."""
-        return self._patch_rows, self._patch
-
     def _checked(self, rows: np.ndarray | Tensor) -> Tensor:
         found = torch.as_tensor(rows, dtype=torch.int64)
         if len(found) and (int(found.min()) < 0 or int(found.max()) >= self.num_items):
