@@ -7,6 +7,7 @@ from .encoded import Encoded
 from .experts import kernel_experts, register_experts, unregister_experts
 from .lora import LoRAConfig
 from .packed import Prefix
+from .scorer import YesNoScorer
 from .soft_prompt import SoftPrompt
 from .swap import Swap, SwappedLayer, swap_kernels
 from .vision import VisionEncoder
@@ -22,6 +23,7 @@ __all__ = [
     "Swap",
     "SwappedLayer",
     "VisionEncoder",
+    "YesNoScorer",
     "kernel_attention",
     "kernel_experts",
     "register_attention",

@@ -4,9 +4,12 @@ from .batches import Batch, epoch_batches, num_batches
 from .config import IDENTITY, RecommenderConfig
 from .inputs import ItemInputs, ItemSpec, TableSpec, TokenSpec
 from .item_tower import ItemOutput, ItemTower
+from .latency import calibrate
 from .model import Answers, ItemVectors, Recommender
 from .objective import Losses, Objective
-from .online import Answer, OnlineRecommender
+from .online import Answer, OnlineRecommender, Reranker
+from .planning import Costs, How, Plan
+from .rerank import LLMReranker
 from .store import ItemStore
 from .user_tower import UserTower
 
@@ -15,6 +18,11 @@ __all__ = [
     "Answer",
     "Answers",
     "Batch",
+    "Reranker",
+    "LLMReranker",
+    "Plan",
+    "How",
+    "Costs",
     "ItemInputs",
     "ItemOutput",
     "ItemSpec",
@@ -29,6 +37,7 @@ __all__ = [
     "TableSpec",
     "TokenSpec",
     "UserTower",
+    "calibrate",
     "epoch_batches",
     "num_batches",
 ]

@@ -1,10 +1,10 @@
-"""How long a request takes, stage by stage, on a generated store: `mmrec bench-serving`."""
+"""How long requests take: stage by stage on a generated store (`mmrec bench-serving`), and plan by plan on any."""
 
 from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,15 +16,18 @@ from .config import IDENTITY, RecommenderConfig
 from .inputs import ItemSpec
 from .model import Recommender
 from .online import STAGES, OnlineRecommender
+from .planning import Costs, Times
 from .store import ItemRows, ItemStore, Meta
 
-__all__ = ["Latency", "Load", "generated", "measure"]
+__all__ = ["Latency", "Load", "calibrate", "generated", "measure"]
 
 TOTAL = "total"
 _PART = 1 << 18
 _REOPENED = 5
 _LEAST_CALLS = 200
 _WARM_UP = 20
+_DEPTHS, _BATCHES, _WIDTHS = (5, 10, 20, 50), (1, 8, 32), (4, 8, 16, 32, 64)
+_LEAST_CALIBRATION, _MOST_CALIBRATION = 5, 400
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def measure(online: OnlineRecommender, load: Load, *, seconds: float, seed: int 
     while len(calls) < _LEAST_CALLS or time.perf_counter() < until:
         calls.append(call(online))
     found = []
-    for stage in (*STAGES, TOTAL):
+    for stage in (*(stage for stage in STAGES if stage in calls[0]), TOTAL):
         p50, p95, p99 = 1e3 * np.percentile([taken[stage] for taken in calls], [50, 95, 99])
         first = 1e3 * float(np.median([taken[stage] for taken in cold]))
         found.append(
@@ -125,3 +128,62 @@ def measure(online: OnlineRecommender, load: Load, *, seconds: float, seed: int 
             )  # fmt: skip
         )
     return found
+
+
+def calibrate(
+    online: OnlineRecommender, *, depths: Sequence[int] = _DEPTHS, batches: Sequence[int] = _BATCHES,
+    widths: Sequence[int] = _WIDTHS, k: int = 10, seconds: float = 1.0, seed: int = 0,
+) -> Costs:  # fmt: skip
+    """What answers cost on this machine, for `OnlineRecommender.costs`: so long as nothing else keeps it busy.
+
+    Args:
+        online: what will answer. Histories are random items of its store, of the model's `max_length`.
+        depths: how many last items are read; the model's `max_length` is measured anyway, and none beyond it.
+        batches: histories per call.
+        widths: how many items are ranked again, where there is a reranker.
+        k: items per answer.
+        seconds: per case, of 5 to 400 calls; the p99 of few calls is the longest of them.
+        seed: of the histories.
+
+    Raises:
+        ValueError: one of depths, batches or widths is below 1, or batches is empty.
+    """
+    for name, given in (("depths", depths), ("batches", batches), ("widths", widths)):
+        if min((1, *given)) < 1:
+            raise ValueError(f"{name} must be at least 1, got {min(given)}")
+    if not batches:
+        raise ValueError("batches must hold at least one number, got none")
+    most, random = online.model.config.max_length, np.random.default_rng(seed)
+
+    def histories(count: int) -> list[list[str]]:
+        rows = random.integers(len(online.version), size=(count, most))
+        return [online.version.ids(row) for row in rows]
+
+    def timed(once: Callable[[list[list[str]]], float], count: int) -> Times:
+        once(histories(count))
+        taken: list[float] = []
+        until = time.perf_counter() + seconds
+        while len(taken) < _LEAST_CALIBRATION or (len(taken) < _MOST_CALIBRATION and time.perf_counter() < until):
+            taken.append(1e3 * once(histories(count)))
+        return Times.of(taken)
+
+    def answered(depth: int) -> Callable[[list[list[str]]], float]:
+        def once(given: list[list[str]]) -> float:
+            began = time.perf_counter()
+            online.recommend(given, k, depth=depth)
+            return time.perf_counter() - began
+
+        return once
+
+    def again(width: int) -> Callable[[list[list[str]]], float]:
+        def once(given: list[list[str]]) -> float:
+            taken: dict[str, float] = {}
+            online.recommend(given, k, rerank=width, seconds=taken)
+            return taken["rerank"] + taken["answer"]  # what is to come once the best items are known
+
+        return once
+
+    read = sorted({*(depth for depth in depths if depth < most), most})
+    retrieval = {depth: {count: timed(answered(depth), count) for count in sorted(set(batches))} for depth in read}
+    rerank = {} if online.reranker is None else {width: timed(again(width), 1) for width in sorted(set(widths))}
+    return Costs({**online.facts, "items": len(online.version), "k": k}, retrieval, rerank)

@@ -1,16 +1,19 @@
-"""Answers to single requests, from an item store: history → item rows → user state → the best items."""
+"""Answers to single requests, from an item store: history → item rows → user state → the best items → ranked again."""
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from .planning import QUANTILES, Costs, How, Plan, Planner
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
@@ -18,10 +21,28 @@ if TYPE_CHECKING:
     from .model import Recommender
     from .store import ItemStore, StoreVersion
 
-__all__ = ["STAGES", "Answer", "OnlineRecommender"]
+__all__ = ["STAGES", "Answer", "OnlineRecommender", "Reranker"]
 
-# What a request's time goes to, in order.
-STAGES = ("history", "user", "retrieval", "answer")
+# What a request's time goes to, in order; "rerank" only where items are ranked again.
+STAGES = ("history", "user", "retrieval", "rerank", "answer")
+
+_OPEN = How(0, 0, 0.0)
+
+
+class Reranker(Protocol):
+    """Ranks the best items again, by their titles.
+
+    Attributes:
+        name: of what ranks; measured costs hold for this one.
+    """
+
+    name: str
+
+    def __call__(
+        self, histories: Sequence[Sequence[str]], candidates: Sequence[Sequence[str]]
+    ) -> Sequence[Sequence[float]]:
+        """A score of each history's candidates, the higher the better. Both are titles, histories oldest first."""
+        ...
 
 
 class Answer(NamedTuple):
@@ -30,40 +51,70 @@ class Answer(NamedTuple):
     Attributes:
         items: ids.
         titles: of each, "" where there is none.
-        scores: of each.
+        scores: of each, by the retrieval.
+        reranked: scores by the reranker, of the first ones: those that it ranked, and which come first in its order.
         mass: per item the share of its attention that each modality had, in the order of the model's modalities.
         known: whether training interacted with the item.
         unknown: ids of the history that the store does not have; they were left out.
         version: of the store.
+        how: what was done, and how long that took.
     """
 
     items: list[str]
     titles: list[str]
     scores: list[float]
+    reranked: list[float]
     mass: list[list[float]]
     known: list[bool]
     unknown: list[str]
     version: int
+    how: How
 
 
 class OnlineRecommender:
-    """A trained model over a store of its items. Thread-safe: it keeps nothing between calls but the store's version.
+    """A trained model over a store of its items. Thread-safe: it keeps nothing between calls but the store's version
+    and how long answers take.
 
     Args:
         model: in eval mode from here on.
         store: of the items of this model.
         model_id: what the store must name as its model; None accepts any.
+        reranker: what ranks the best items again, where that is asked for.
 
     Raises:
         StoreError: the store has no usable version, or is of another model.
     """
 
-    def __init__(self, model: Recommender, store: ItemStore, *, model_id: str | None = None) -> None:
+    def __init__(
+        self, model: Recommender, store: ItemStore, *, model_id: str | None = None, reranker: Reranker | None = None
+    ) -> None:
         self.model = model.eval()
         self.store = store
         self.model_id = model_id
+        self.reranker = reranker
+        self._planner: Planner | None = None
         self._reloading = threading.Lock()
         self.version = self._usable(store.current())
+
+    @property
+    def facts(self) -> dict[str, str | int]:
+        """What measured costs have to agree with."""
+        return {
+            "dtype": self.version.meta.dtype,
+            "max_length": self.model.config.max_length,
+            "threads": torch.get_num_threads(),
+            "reranker": "" if self.reranker is None else self.reranker.name,
+        }
+
+    @property
+    def costs(self) -> Costs | None:
+        """What answering costs on this machine (`mmrec.recommender.calibrate` measures it); `budget_ms` needs it."""
+        return None if self._planner is None else self._planner.costs
+
+    @costs.setter
+    def costs(self, costs: Costs) -> None:
+        costs.check(self.facts)
+        self._planner = Planner(costs)
 
     def reload(self) -> bool:
         """Goes over to the newest version of the store, for later calls; whether there was a newer one.
@@ -85,6 +136,9 @@ class OnlineRecommender:
         *,
         exclude_seen: bool = True,
         depth: int | None = None,
+        rerank: int = 0,
+        budget_ms: float | None = None,
+        quantile: float = 0.99,
         seconds: dict[str, float] | None = None,
     ) -> list[Answer]:
         """The k best items for each history.
@@ -95,27 +149,87 @@ class OnlineRecommender:
             k: items per answer.
             exclude_seen: leave a history's own items out.
             depth: how many last items are read, at most the model's `max_length`; None means that.
+            rerank: how many of the best items the reranker ranks again; 0 for none.
+            budget_ms: milliseconds for this call. Depth and reranking are then chosen, by what `costs` says, so that
+                the call keeps the budget with probability `quantile`; `Answer.how` says what was done. Where nothing
+                fits, the cheapest is done.
+            quantile: see `budget_ms`; measured costs know those up to .99.
             seconds: takes the time of each of `STAGES`.
 
         Raises:
-            ValueError: k or depth out of range, or a history of which the model knows nothing.
+            ValueError: k, depth, rerank, the budget or quantile out of range, rerank without a reranker, a budget
+                without `costs` or together with depth or rerank, or a history of which the model knows nothing.
         """
-        if k < 1:
-            raise ValueError(f"k must be at least 1, got {k}")
-        most = self.model.config.max_length
-        if depth is not None and not 1 <= depth <= most:
-            raise ValueError(f"depth must be from 1 to {most}, got {depth}")
+        began = time.perf_counter()
+        plan = self._check(k, depth, rerank, budget_ms, quantile)
+        expected, planner = None, self._planner
+        if budget_ms is not None and planner is not None:
+            plan, expected = planner.choose(budget_ms, len(histories), quantile)
         version, taken = self.version, seconds if seconds is not None else {}
         with torch.inference_mode():
             with _timed(taken, "history"):
                 rows, offsets, unknown = _rows_of(version, histories)
             with _timed(taken, "user"):
-                query = self._states(version, rows, offsets, depth or most)
+                query = self._states(version, rows, offsets, plan.depth)
             with _timed(taken, "retrieval"):
                 seen = (torch.from_numpy(offsets), torch.from_numpy(rows)) if exclude_seen else None
-                found = version.top_k(query, min(k, max(len(version), 1)), exclude=seen)
+                found = version.top_k(query, min(max(k, plan.rerank), max(len(version), 1)), exclude=seen)
+            best, scores = found.ids, found.scores
+            if plan.rerank and expected is not None and budget_ms is not None and planner is not None:
+                left = budget_ms - 1e3 * (time.perf_counter() - began)
+                plan = plan._replace(rerank=planner.width(plan.rerank, left, len(histories), quantile))
+            reranked: list[list[float]] = [[] for _ in histories]
+            if plan.rerank:
+                with _timed(taken, "rerank"):
+                    best, scores, reranked = self._rerank(version, rows, offsets, best, scores, plan)
             with _timed(taken, "answer"):
-                return _answers(version, found.ids, found.scores, unknown)
+                answers = _answers(version, best[:, :k], scores[:, :k])
+        took = 1e3 * (time.perf_counter() - began)
+        if expected is not None and planner is not None:
+            planner.learn(took, expected, quantile)
+        how = How(*plan, took, budget_ms, expected, budget_ms is None or took <= budget_ms)
+        return [
+            answer._replace(reranked=again[:k], unknown=gone, how=how)
+            for answer, again, gone in zip(answers, reranked, unknown, strict=True)
+        ]
+
+    def _check(self, k: int, depth: int | None, rerank: int, budget_ms: float | None, quantile: float) -> Plan:
+        if k < 1:
+            raise ValueError(f"k must be at least 1, got {k}")
+        most = self.model.config.max_length
+        if depth is not None and not 1 <= depth <= most:
+            raise ValueError(f"depth must be from 1 to {most}, got {depth}")
+        if rerank < 0:
+            raise ValueError(f"rerank must be at least 0, got {rerank}")
+        if rerank and self.reranker is None:
+            raise ValueError(f"rerank: there is no reranker that could rank {rerank} items again")
+        if budget_ms is not None:
+            if not budget_ms > 0:
+                raise ValueError(f"budget_ms must be above 0, got {budget_ms}")
+            if not 0 < quantile <= QUANTILES[-1]:
+                raise ValueError(f"quantile must be above 0 and at most {QUANTILES[-1]}, got {quantile}")
+            if depth is not None or rerank:
+                raise ValueError("budget_ms chooses depth and rerank; give it or them")
+            if self._planner is None:
+                raise ValueError("budget_ms: what answers cost is not known; set costs, which calibrate measures")
+        return Plan(depth or most, rerank)
+
+    def _rerank(
+        self, version: StoreVersion, rows: np.ndarray, offsets: np.ndarray, ids: Tensor, scores: Tensor, plan: Plan
+    ) -> tuple[Tensor, Tensor, list[list[float]]]:
+        """Ids and scores with the first `plan.rerank` of each row in the order of the reranker, and its scores."""
+        assert self.reranker is not None
+        names = [_names(version, rows[max(a, b - plan.depth) : b]) for a, b in itertools.pairwise(offsets.tolist())]
+        head = ids[:, : plan.rerank]
+        counts = (head >= 0).sum(1).tolist()
+        found = self.reranker(names, [_names(version, row[:n]) for row, n in zip(head, counts, strict=True)])
+        order = torch.arange(ids.shape[1]).repeat(len(ids), 1)
+        reranked = []
+        for row, (again, count) in enumerate(zip(found, counts, strict=True)):
+            ordered, places = torch.as_tensor(again, dtype=torch.float64).sort(descending=True, stable=True)
+            order[row, :count] = places
+            reranked.append(ordered.tolist())
+        return ids.gather(1, order), scores.gather(1, order), reranked
 
     def _states(self, version: StoreVersion, rows: np.ndarray, offsets: np.ndarray, depth: int) -> Tensor:
         """The state after each history's last item, of its last `depth` items."""
@@ -180,19 +294,21 @@ def _rows_of(
     return rows[~missing], np.concatenate([[0], kept.cumsum()]).astype(np.int64), unknown
 
 
-def _answers(version: StoreVersion, ids: Tensor, scores: Tensor, unknown: list[list[str]]) -> list[Answer]:
+def _names(version: StoreVersion, rows: np.ndarray | Tensor) -> list[str]:
+    """Titles, or ids where there is none."""
+    titles = version.titles(rows)
+    return titles if all(titles) else [t or i for t, i in zip(titles, version.ids(rows), strict=True)]
+
+
+def _answers(version: StoreVersion, ids: Tensor, scores: Tensor) -> list[Answer]:
+    """What is known of the items themselves; how they were found is left open."""
     counts = (ids >= 0).sum(1).tolist()
     rows = ids[ids >= 0]
     names, titles = version.ids(rows), version.titles(rows)
     mass, known = version.mass(rows).tolist(), version.known(rows).tolist()
     values = scores[ids >= 0].tolist()
-    answers, begin = [], 0
-    for n, count in enumerate(counts):
-        part = slice(begin, begin + count)
-        answers.append(
-            Answer(
-                names[part], titles[part], values[part], mass[part], known[part], unknown[n], version.number
-            )  # fmt: skip
-        )
-        begin += count
-    return answers
+    ends = list(itertools.accumulate(counts, initial=0))
+    return [
+        Answer(names[a:b], titles[a:b], values[a:b], [], mass[a:b], known[a:b], [], version.number, _OPEN)
+        for a, b in itertools.pairwise(ends)
+    ]
