@@ -10,13 +10,34 @@ import os
 import sys
 import traceback
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from .commands import serving
 from .commands.console import FAILED, INTERRUPTED, Interrupted, one_line_warnings, summary
+from .commands.options import (
+    BackboneName,
+    DataFolder,
+    Debug,
+    Epochs,
+    HoldOut,
+    JsonFile,
+    Layout,
+    LoraRank,
+    Mask,
+    Modalities,
+    OptionalData,
+    Protocol,
+    Quantize,
+    Quantized,
+    Settings,
+    SplitSeed,
+    Stage,
+    TrainingProtocol,
+    TuneBackbone,
+)
 
 __all__ = ["app", "main"]
 
@@ -28,93 +49,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-
-class Protocol(str, Enum):
-    """How interactions are split."""
-
-    S = "S"
-    G = "G"
-    T = "T"
-
-
-class TrainingProtocol(str, Enum):
-    """The protocols that a model is trained under."""
-
-    S = "S"
-    G = "G"
-
-
-class Stage(str, Enum):
-    """Which held-out part is predicted."""
-
-    test = "test"
-    valid = "valid"
-
-
-class StoreDtype(str, Enum):
-    """How an item store keeps vectors."""
-
-    float32 = "float32"
-    bfloat16 = "bfloat16"
-    int8 = "int8"
-
-
-class Mask(str, Enum):
-    """Which seen items are left out of rankings."""
-
-    none = "none"
-    train = "train"
-    train_valid = "train+valid"
-
-
-class Quantize(str, Enum):
-    """Precision of the backbone's frozen weights."""
-
-    nf4 = "nf4"
-    none = "none"
-
-
-class Device(str, Enum):
-    """What a benchmark runs on."""
-
-    cpu = "cpu"
-    cuda = "cuda"
-
-
-def _set_debug(context: typer.Context, wanted: bool) -> bool:
-    if wanted and isinstance(context.obj, dict):
-        context.obj["debug"] = True
-    return wanted
-
-
-Debug = Annotated[bool, typer.Option("--debug", callback=_set_debug, help="Show the traceback of a failure.")]
-JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write the figures here as JSON.")]
-DataFolder = Annotated[Path, typer.Option("--data", metavar="FOLDER", help="A folder of any known layout.")]
-OptionalData = Annotated[
-    Path | None, typer.Option("--data", metavar="FOLDER", help="The data; a run remembers its own.")
-]
-Layout = Annotated[str, typer.Option(help="Layout of the folder; auto finds it out.")]
-SplitSeed = Annotated[int, typer.Option(help="Seed of the random split (G without stored labels).", min=0)]
-HoldOut = Annotated[
-    float | None,
-    typer.Option("--hold-out", metavar="SHARE", help="Make this share of the items cold: never seen in training."),
-]
-Modalities = Annotated[
-    str,
-    typer.Option(help="Comma-separated: identity, text, image, table, names of feature files; 'all' = all there are."),
-]
-BackboneName = Annotated[
-    str | None, typer.Option("--backbone", metavar="NAME", help="Folder or Hugging Face name; default MiniLM.")
-]
-Quantized = Annotated[Quantize, typer.Option("--quantize", help="4-bit NF4 backbone, or none.")]
-LoraRank = Annotated[int, typer.Option("--lora", metavar="R", min=0, help="Rank of the LoRA adapter; 0 = none.")]
-TuneBackbone = Annotated[bool, typer.Option("--tune-backbone", help="Train the LoRA weights too.")]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Most epochs; stops earlier without improvement.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="NAME=VALUE", help="Any other hyper-parameter of RecommenderConfig; repeatable."),
-]
 
 
 @app.command()
@@ -240,22 +174,6 @@ def recommend(
 
 
 @app.command()
-def index(
-    run: Annotated[Path, typer.Option(metavar="RUN", help="Folder of a trained run.")],
-    out: Annotated[Path, typer.Option(metavar="STORE", help="Folder of the store; a new version of it if it exists.")],
-    dtype: Annotated[StoreDtype, typer.Option(help="How vectors are stored.")] = StoreDtype.float32,
-    data: OptionalData = None,
-    layout: Layout = "auto",
-    json_file: JsonFile = None,
-    debug: Debug = False,
-) -> None:
-    """Write the items of a run into a store, from which requests are answered."""
-    from .commands.index import index_command
-
-    index_command(run=run, out=out, dtype=dtype.value, data=data, layout=layout, json_file=json_file)
-
-
-@app.command()
 def info(
     data: OptionalData = None,
     run: Annotated[Path | None, typer.Option(metavar="RUN", help="Folder of a run.")] = None,
@@ -306,57 +224,7 @@ def results(
     )  # fmt: skip
 
 
-@app.command("bench-serving")
-def bench_serving(
-    items: Annotated[list[int] | None, typer.Option(metavar="N", help="Default: 100000 and 1000000.")] = None,
-    dtype: Annotated[list[StoreDtype] | None, typer.Option(help="Default: float32 and int8.")] = None,
-    batch: Annotated[
-        list[int] | None, typer.Option(metavar="B", help="Histories at a time; default: 1, 8, 32.")
-    ] = None,
-    history: Annotated[int, typer.Option(min=1, help="Items of each history.")] = 50,
-    k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many items.")] = 10,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own choice.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Time per case beyond 200 calls.")] = 5.0,
-    json_file: JsonFile = None,
-    json_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write the rows to DIR/<device>/serving.json.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Time requests against generated stores in this process, stage by stage."""
-    from .commands.bench_serving import bench_serving_command
-
-    bench_serving_command(
-        items=items or [100_000, 1_000_000], dtypes=[d.value for d in dtype or (StoreDtype.float32, StoreDtype.int8)],
-        batches=batch or [1, 8, 32], history=history, k=k, threads=threads, seconds=seconds, json_file=json_file,
-        json_dir=json_dir,
-    )  # fmt: skip
-
-
-@app.command()
-def benchmark(
-    model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="qwen2-0.5b, minilm, tiny; default: the first two.")
-    ] = None,
-    dtype: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Default: all of the device.")] = None,
-    mode: Annotated[list[str] | None, typer.Option(metavar="MODE", help="forward, step; default: both.")] = None,
-    lora: Annotated[int, typer.Option(metavar="R", min=0, help="Rank of the adapters.")] = 16,
-    device: Annotated[Device, typer.Option(help="Where.")] = Device.cpu,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own choice.")] = None,
-    seconds: Annotated[float, typer.Option(min=0, help="Time per case beyond the least number of calls.")] = 10.0,
-    json_file: JsonFile = None,
-    json_dir: Annotated[
-        Path | None, typer.Option(metavar="DIR", help="Write them to DIR/<device>/backbone.json.")
-    ] = None,
-    debug: Debug = False,
-) -> None:
-    """Time backbones under NF4 and LoRA: with the kernels, with bitsandbytes and peft alone, and dense."""
-    from .commands.benchmark import benchmark_command
-
-    benchmark_command(
-        models=model or [], dtypes=dtype or [], modes=mode or [], rank=lora, device=device.value, threads=threads,
-        seconds=seconds, json_file=json_file, json_dir=json_dir,
-    )  # fmt: skip
+app.add_typer(serving.app)
 
 
 def run(arguments: Sequence[str] | None = None) -> int:

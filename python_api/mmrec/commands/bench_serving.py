@@ -1,4 +1,4 @@
-"""``mmrec bench-serving``: how long a request takes in this process, stage by stage."""
+"""``mmrec bench-serving``: how long a request takes, stage by stage in this process, or from a server under load."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from .console import print_rows, say, status, write_json
 
 __all__ = ["bench_serving_command"]
 
+_WARM_UP_RATE, _WARM_UP_SECONDS = 100.0, 3.0
+
 
 def bench_serving_command(
     *, items: Sequence[int], dtypes: Sequence[str], batches: Sequence[int], history: int, k: int,
-    threads: int | None, seconds: float, json_file: Path | None, json_dir: Path | None,
+    threads: int | None, rate: float | None, seconds: float, json_file: Path | None, json_dir: Path | None,
 ) -> None:  # fmt: skip
     """See ``mmrec bench-serving --help``."""
     import torch
@@ -28,11 +30,16 @@ def bench_serving_command(
     for flag, given in (("--items", items), ("--batch", batches)):
         if min(given) < 1:
             raise ValueError(f"{flag} must be at least 1, got {min(given)}")
-    path = rows_path(json_file, json_dir, "serving", "cpu")
+    if rate is not None and not rate > 0:
+        raise ValueError(f"--rate must be above 0, got {rate}")
+    path = rows_path(json_file, json_dir, "serving" if rate is None else "server", "cpu")
     if threads is not None:
         torch.set_num_threads(threads)
     content: dict[str, Any] = {"command": "bench-serving", "environment": rows.environment("cpu"), "rows": []}
     for count, dtype in itertools.product(items, dtypes):
+        if rate is not None:
+            content["rows"].append(_under_load(count, dtype, history, k, threads, rate, seconds))
+            continue
         with contextlib.ExitStack() as stack:
             with status(f"making a store of {count} items in {dtype}"):
                 online = stack.enter_context(generated(count, dtype, history=history))
@@ -42,6 +49,32 @@ def bench_serving_command(
                 content["rows"] += found
                 _show(found)
     write_json(path, content)
+
+
+def _under_load(
+    items: int, dtype: str, history: int, k: int, threads: int | None, rate: float, seconds: float
+) -> dict[str, Any]:
+    """One row: a server in another process, asked at a given rate."""
+    from ..recommender.serving import load
+    from .serve import default_threads
+
+    threads = default_threads() if threads is None else threads
+    bodies = load.random_bodies(items, history, k)
+    with contextlib.ExitStack() as stack:
+        with status(f"starting a server over {items} items in {dtype}"):
+            made = load.generated_server(items, dtype, history=history, threads=threads)
+            port, process = stack.enter_context(made)
+            load.load(port, bodies, rate=min(rate, _WARM_UP_RATE), seconds=_WARM_UP_SECONDS)
+        with status(f"{rate:g} requests per second for {seconds:g} s"):
+            found = load.load(port, bodies, rate=rate, seconds=seconds, pid=process).summary()
+    row = {"items": items, "dtype": dtype, "history": history, "k": k, "threads": threads, "rate": rate, **found}
+    say(
+        f"{items} items in {dtype}, histories of {history}, k {k}, {threads} thread(s), {rate:g} requests per second "
+        f"for {found['seconds']} s: p50 {found['p50_ms']:.2f} ms, p95 {found['p95_ms']:.2f}, "
+        f"p99 {found['p99_ms']:.2f}, longest {found['longest_ms']:.2f}; statuses {found['statuses']}; "
+        f"memory {found['rss_begin_mib']} to {found['rss_end_mib']} MiB"
+    )
+    return row
 
 
 def _show(found: list[dict[str, Any]]) -> None:

@@ -101,6 +101,12 @@ def summary(error: BaseException) -> str:
     return f"internal error, {kind}: {text}" if text else f"internal error, {kind}"
 
 
+class _Lines(logging.Formatter):
+    def format(self, record: logging.LogRecord) -> str:
+        record.lower = record.levelname.lower()
+        return super().format(record)
+
+
 @contextmanager
 def one_line_warnings(debug: bool) -> Iterator[None]:
     """Warnings of this package as one line each on stderr; those of other packages only with ``debug``."""
@@ -109,7 +115,7 @@ def one_line_warnings(debug: bool) -> Iterator[None]:
         print(f"mmrec: warning: {' '.join(str(message).split())}", file=sys.stderr)
 
     handler = logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("mmrec: warning: %(message)s"))
+    handler.setFormatter(_Lines("mmrec: %(lower)s: %(message)s"))
     logger = logging.getLogger("mmrec")
     propagate = logger.propagate
     logger.addHandler(handler)

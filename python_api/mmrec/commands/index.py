@@ -14,33 +14,41 @@ from .runs import TrainedRun, open_run
 
 if TYPE_CHECKING:
     from ..adaptation import Catalogue
-    from ..recommender.store import ItemRows
+    from ..recommender.store import ItemRows, StoreVersion
 
-__all__ = ["index_command"]
+__all__ = ["index_command", "write_store"]
 
 _PART = 1 << 16
 
 
 def index_command(*, run: Path, out: Path, dtype: str, data: Path | None, layout: str, json_file: Path | None) -> None:
     """See ``mmrec index --help``."""
-    from ..recommender.store import ItemStore, Meta
-
     began = time.perf_counter()
     opened = open_run(run)
     catalogue, fingerprint = load_catalogue(opened.data if data is None else data, layout)
     opened.check_data(catalogue, fingerprint)
-    meta = Meta(width=opened.config.width, dtype=dtype, modalities=opened.modalities, model=opened.model_id, tokens={})
-    store = ItemStore(out)
-    with status(f"writing {catalogue.num_items} items"), store.writer() as writer:
-        number = writer.create(meta, _parts(opened, catalogue))
-    version = store.current()
+    version = write_store(opened, catalogue, out, dtype)
     size = sum(os.path.getsize(out / file) for file in version.files)
     content: dict[str, Any] = {
-        "command": "index", "store": str(out), "version": number, "items": len(version), "dtype": dtype,
-        "bytes": size, "model": meta.model, "run": str(run), "seconds": round(time.perf_counter() - began, 3),
+        "command": "index", "store": str(out), "version": version.number, "items": len(version), "dtype": dtype,
+        "bytes": size, "model": opened.model_id, "run": str(run), "seconds": round(time.perf_counter() - began, 3),
     }  # fmt: skip
-    say(f"{out}: version {number}, {len(version)} items of width {meta.width} in {dtype}, {size / 2**20:.1f} MiB")
+    say(
+        f"{out}: version {version.number}, {len(version)} items of width {version.meta.width} in {dtype}, "
+        f"{size / 2**20:.1f} MiB"
+    )
     write_json(json_file, content)
+
+
+def write_store(run: TrainedRun, catalogue: Catalogue, folder: Path, dtype: str) -> StoreVersion:
+    """The run's items, with its stored vectors, as a new version of the store in ``folder``."""
+    from ..recommender.store import ItemStore, Meta
+
+    meta = Meta(width=run.config.width, dtype=dtype, modalities=run.modalities, model=run.model_id, tokens={})
+    store = ItemStore(folder)
+    with status(f"writing {catalogue.num_items} items"), store.writer() as writer:
+        writer.create(meta, _parts(run, catalogue))
+    return store.current()
 
 
 def _parts(run: TrainedRun, catalogue: Catalogue) -> Iterator[ItemRows]:

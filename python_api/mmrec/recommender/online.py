@@ -27,6 +27,7 @@ __all__ = ["STAGES", "Answer", "OnlineRecommender", "Reranker"]
 STAGES = ("history", "user", "retrieval", "rerank", "answer")
 
 _OPEN = How(0, 0, 0.0)
+_NO_COSTS = "budget_ms: what answers cost is not known; set costs, which calibrate measures"
 
 
 class Reranker(Protocol):
@@ -129,6 +130,17 @@ class OnlineRecommender:
             self.version = self._usable(newest)
             return True
 
+    @property
+    def slower(self) -> float:
+        """By which answers take longer than `costs` says, as far as calls with a budget have shown; at least 1."""
+        return 1.0 if self._planner is None else self._planner.factor
+
+    def planned(self, budget_ms: float, histories: int, quantile: float = 0.99) -> Plan:
+        """How a call with so many histories would be answered now."""
+        if self._planner is None:
+            raise ValueError(_NO_COSTS)
+        return self._planner.choose(budget_ms, histories, quantile)[0]
+
     def recommend(
         self,
         histories: Sequence[Sequence[str]],
@@ -161,7 +173,7 @@ class OnlineRecommender:
                 without `costs` or together with depth or rerank, or a history of which the model knows nothing.
         """
         began = time.perf_counter()
-        plan = self._check(k, depth, rerank, budget_ms, quantile)
+        plan = self.check(k, depth, rerank, budget_ms, quantile)
         expected, planner = None, self._planner
         if budget_ms is not None and planner is not None:
             plan, expected = planner.choose(budget_ms, len(histories), quantile)
@@ -193,7 +205,8 @@ class OnlineRecommender:
             for answer, again, gone in zip(answers, reranked, unknown, strict=True)
         ]
 
-    def _check(self, k: int, depth: int | None, rerank: int, budget_ms: float | None, quantile: float) -> Plan:
+    def check(self, k: int, depth: int | None, rerank: int, budget_ms: float | None, quantile: float) -> Plan:
+        """What `recommend` is asked for, if it can be done, as far as the histories do not decide that; its errors."""
         if k < 1:
             raise ValueError(f"k must be at least 1, got {k}")
         most = self.model.config.max_length
@@ -211,7 +224,7 @@ class OnlineRecommender:
             if depth is not None or rerank:
                 raise ValueError("budget_ms chooses depth and rerank; give it or them")
             if self._planner is None:
-                raise ValueError("budget_ms: what answers cost is not known; set costs, which calibrate measures")
+                raise ValueError(_NO_COSTS)
         return Plan(depth or most, rerank)
 
     def _rerank(

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+import re
+import time
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +21,7 @@ from .columns import UTF8, Columns, Meta, Ragged
 __all__ = ["Index", "StoreVersion", "hash_ids", "latest"]
 
 Lists = tuple[Tensor, Tensor]
+_SEARCHED = 1 << 14  # items at a time
 
 
 class Index(NamedTuple):
@@ -105,6 +108,41 @@ class StoreVersion:
     def titles(self, rows: np.ndarray | Tensor) -> list[str]:
         """Of `rows [n]`."""
         return self._ragged("title", rows).strings()
+
+    def find(self, text: str, limit: int) -> np.ndarray:
+        """int64 `[≤ limit]`: rows whose id is `text`, or whose title or id holds it (ASCII letters in any case).
+
+        It reads all titles and ids, so long as it has found too few; other threads get their turn meanwhile.
+        """
+        found = dict.fromkeys(row for row in self.rows([text]).tolist() if row >= 0)
+        pattern = re.compile(re.escape(text.encode(*UTF8)), re.IGNORECASE)
+        for column in ("title", "id"):
+            for row in self._holding(pattern, column):
+                if len(found) >= limit:
+                    break
+                found[row] = None
+        return np.array(list(found)[:limit], np.int64)
+
+    def _holding(self, pattern: re.Pattern[bytes], column: str) -> Iterator[int]:
+        parts = [(self._base, None)] if self._patch is None else [(self._base, None), (self._patch, self._patch_rows)]
+        for columns, rows in parts:
+            data, ends = columns.ragged[column].values.numpy().data, columns.ragged[column].offsets.numpy()
+            for begin in range(0, len(columns), _SEARCHED):
+                time.sleep(0)  # a search keeps the interpreter to itself
+                place = begin
+                end = min(begin + _SEARCHED, len(columns))
+                while place < end and (match := pattern.search(data, ends[place], ends[end])) is not None:
+                    # The last one that begins there: those before it are empty.
+                    place = int(np.searchsorted(ends, match.start(), "right")) - 1
+                    if match.end() <= ends[place + 1]:  # else it reaches into the next one
+                        row = place if rows is None else int(rows[place])
+                        if rows is not None or not self._is_patched(row):
+                            yield row
+                    place += 1
+
+    def _is_patched(self, row: int) -> bool:
+        place = int(torch.searchsorted(self._patch_rows, row))
+        return place < len(self._patch_rows) and int(self._patch_rows[place]) == row
 
     def vectors(self, rows: np.ndarray | Tensor) -> Tensor:
         """float32 `[n, d]` of `rows [n]`."""

@@ -1,0 +1,104 @@
+"""``mmrec serve``: a trained run over HTTP."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .console import say, status
+from .data import load_catalogue
+from .index import write_store
+from .runs import TrainedRun, open_run
+
+if TYPE_CHECKING:
+    from ..recommender import OnlineRecommender, Reranker
+
+__all__ = ["TOKEN", "default_threads", "serve_command"]
+
+_LOG = logging.getLogger(__name__)
+STORE, TOKEN = "store", "MMREC_TOKEN"
+_LOCAL = ("127.0.0.1", "localhost", "::1")
+
+
+def serve_command(
+    *, run: Path, store: Path | None, data: Path | None, layout: str, host: str, port: int, threads: int | None,
+    max_batch: int, timeout: float, read_only: bool, costs: Path | None, calibrate_seconds: float, reranker: str | None,
+    quantize: str, access_log: bool,
+) -> None:  # fmt: skip
+    """See ``mmrec serve --help``."""
+    import torch
+
+    from ..recommender.serving import Settings, create_app, serve
+
+    token = os.environ.get(TOKEN) or None
+    if not read_only and token is None and host not in _LOCAL:
+        raise ValueError(
+            f"--host {host}: whoever reaches it could change items; give --read-only, or a token in ${TOKEN}"
+        )
+    settings = Settings(max_batch=max_batch, timeout=timeout, writable=not read_only, token=token)
+    torch.set_num_threads(default_threads() if threads is None else threads)
+    opened = open_run(run)
+    folder = run / STORE if store is None else store
+    image = _images(opened, data, layout, folder)
+    online = _online(opened, folder, reranker, quantize)
+    _set_costs(online, costs, calibrate_seconds)
+    version = online.version
+    say(f"{len(version)} items of {opened.label} in {version.meta.dtype}, version {version.number} of {folder}")
+    logging.getLogger("mmrec").setLevel(logging.INFO)
+    serve(create_app(online, settings, image=image), host=host, port=port, access_log=access_log)
+
+
+def default_threads() -> int:
+    """For the model: one core is left to connections."""
+    return max(1, len(os.sched_getaffinity(0)) - 1)
+
+
+def _images(run: TrainedRun, data: Path | None, layout: str, store: Path) -> Callable[[str], Path | None] | None:
+    """Where items' images lie; writes the store if there is none. Without the data there are no images."""
+    folder = run.data if data is None else data
+    missing = not any(store.glob("version-*.json"))
+    if not folder.exists() and not missing:
+        _LOG.warning("%s is gone: no images", folder)
+        return None
+    catalogue, fingerprint = load_catalogue(folder, layout)
+    run.check_data(catalogue, fingerprint)
+    if missing:
+        write_store(run, catalogue, store, "float32")
+    images = {item: path for item, path in zip(catalogue.item_ids, catalogue.images, strict=True) if path is not None}
+    return images.get
+
+
+def _online(run: TrainedRun, store: Path, reranker: str | None, quantize: str) -> OnlineRecommender:
+    from ..recommender import ItemStore, OnlineRecommender
+
+    found = None if reranker is None else _reranker(reranker, quantize)
+    return OnlineRecommender(run.model, ItemStore(store), model_id=run.model_id, reranker=found)
+
+
+def _reranker(name: str, quantize: str) -> Reranker:
+    from ..llm import Backbone, YesNoScorer
+    from ..recommender import LLMReranker
+
+    with status(f"loading {name}"):
+        backbone = Backbone.load(name, quantize=None if quantize == "none" else quantize)
+        return LLMReranker(YesNoScorer(backbone))
+
+
+def _set_costs(online: OnlineRecommender, path: Path | None, seconds: float) -> None:
+    """Costs of the file, if they are those of this machine and store; else measured anew, and kept there."""
+    from ..recommender import Costs, calibrate
+
+    if path is not None and path.is_file():
+        try:
+            online.costs = Costs.load(path)
+            return
+        except ValueError as error:
+            _LOG.warning("%s", error)
+    if seconds:
+        with status("measuring what answers cost"):
+            online.costs = calibrate(online, seconds=seconds)
+        if path is not None and online.costs is not None:
+            online.costs.save(path)

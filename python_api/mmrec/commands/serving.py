@@ -1,0 +1,128 @@
+"""The commands of ``mmrec`` that serve a trained run, and those that time it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .options import Debug, Device, JsonFile, Layout, OptionalData, Quantize, Quantized, StoreDtype
+
+__all__ = ["app"]
+
+app = typer.Typer()
+
+
+@app.command()
+def index(
+    run: Annotated[Path, typer.Option(metavar="RUN", help="Folder of a trained run.")],
+    out: Annotated[Path, typer.Option(metavar="STORE", help="Folder of the store; a new version of it if it exists.")],
+    dtype: Annotated[StoreDtype, typer.Option(help="How vectors are stored.")] = StoreDtype.float32,
+    data: OptionalData = None,
+    layout: Layout = "auto",
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Write the items of a run into a store, from which requests are answered."""
+    from .index import index_command
+
+    index_command(run=run, out=out, dtype=dtype.value, data=data, layout=layout, json_file=json_file)
+
+
+@app.command()
+def serve(
+    run: Annotated[Path, typer.Option(metavar="RUN", help="Folder of a trained run.")],
+    store: Annotated[
+        Path | None,
+        typer.Option(metavar="STORE", help="Of mmrec index; default RUN/store, made if it is not there."),
+    ] = None,
+    data: OptionalData = None,
+    layout: Layout = "auto",
+    host: Annotated[str, typer.Option(help="Other than this machine: with --read-only or a token.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 takes a free one.")] = 8000,
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default: one less than cores.")] = None,
+    max_batch: Annotated[int, typer.Option(min=1, help="Most requests that are answered together.")] = 32,
+    timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may wait for its turn.")] = 1.0,
+    read_only: Annotated[bool, typer.Option("--read-only", help="No POST /items.")] = False,
+    costs: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="What answers cost: read if it is there, else written.")
+    ] = None,
+    calibrate: Annotated[
+        float, typer.Option(metavar="SECONDS", min=0, help="Per case, to measure costs; 0: no budgets.")
+    ] = 0.3,
+    reranker: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="Causal model, folder or Hugging Face name, that ranks again."),
+    ] = None,
+    quantize: Quantized = Quantize.nf4,
+    access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Answer over HTTP: recommendations, new items, metrics, and a page to try it. $MMREC_TOKEN guards POST /items."""
+    from .serve import serve_command
+
+    serve_command(
+        run=run, store=store, data=data, layout=layout, host=host, port=port, threads=threads, max_batch=max_batch,
+        timeout=timeout, read_only=read_only, costs=costs, calibrate_seconds=calibrate, reranker=reranker,
+        quantize=quantize.value, access_log=access_log,
+    )  # fmt: skip
+
+
+@app.command("bench-serving")
+def bench_serving(
+    items: Annotated[list[int] | None, typer.Option(metavar="N", help="Default: 100000 and 1000000.")] = None,
+    dtype: Annotated[list[StoreDtype] | None, typer.Option(help="Default: float32 and int8.")] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="B", help="Histories at a time; default: 1, 8, 32.")
+    ] = None,
+    history: Annotated[int, typer.Option(min=1, help="Items of each history.")] = 50,
+    k: Annotated[int, typer.Option("-k", "--top", min=1, help="How many items.")] = 10,
+    threads: Annotated[
+        int | None, typer.Option(min=1, help="Default: torch's own choice; with --rate one less than cores.")
+    ] = None,
+    rate: Annotated[
+        float | None, typer.Option(metavar="R", help="Ask a server in another process, R times per second.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time per case, without --rate beyond 200 calls.")] = 5.0,
+    json_file: JsonFile = None,
+    json_dir: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Write the rows to DIR/<device>/serving.json, or server.json."),
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Time requests against generated stores: stage by stage in this process, or from a server under load."""
+    from .bench_serving import bench_serving_command
+
+    bench_serving_command(
+        items=items or [100_000, 1_000_000], dtypes=[d.value for d in dtype or (StoreDtype.float32, StoreDtype.int8)],
+        batches=batch or [1, 8, 32], history=history, k=k, threads=threads, rate=rate, seconds=seconds,
+        json_file=json_file, json_dir=json_dir,
+    )  # fmt: skip
+
+
+@app.command()
+def benchmark(
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="qwen2-0.5b, minilm, tiny; default: the first two.")
+    ] = None,
+    dtype: Annotated[list[str] | None, typer.Option(metavar="NAME", help="Default: all of the device.")] = None,
+    mode: Annotated[list[str] | None, typer.Option(metavar="MODE", help="forward, step; default: both.")] = None,
+    lora: Annotated[int, typer.Option(metavar="R", min=0, help="Rank of the adapters.")] = 16,
+    device: Annotated[Device, typer.Option(help="Where.")] = Device.cpu,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own choice.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Time per case beyond the least number of calls.")] = 10.0,
+    json_file: JsonFile = None,
+    json_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write them to DIR/<device>/backbone.json.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Time backbones under NF4 and LoRA: with the kernels, with bitsandbytes and peft alone, and dense."""
+    from .benchmark import benchmark_command
+
+    benchmark_command(
+        models=model or [], dtypes=dtype or [], modes=mode or [], rank=lora, device=device.value, threads=threads,
+        seconds=seconds, json_file=json_file, json_dir=json_dir,
+    )  # fmt: skip

@@ -1,0 +1,73 @@
+"""Items that came over HTTP, on their way into the store."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from ...fusion.tokens import Tokens
+from ..store import ItemRows, StoreVersion
+
+if TYPE_CHECKING:
+    from .schemas import ItemIn
+
+__all__ = ["item_rows"]
+
+
+def item_rows(items: Sequence[ItemIn], version: StoreVersion) -> ItemRows:
+    """All of each item: what was given, and else what it has in `version`.
+
+    Raises:
+        ValueError: an id twice, a vector of another width, a modality that the store does not have, or a new item
+            without vector or mass.
+    """
+    ids = [item.id for item in items]
+    if len(set(ids)) != len(ids):
+        twice = next(name for n, name in enumerate(ids) if name in ids[:n])
+        raise ValueError(f"items: {twice!r} is there twice")
+    rows = version.rows(ids)
+    old = rows >= 0
+    width, modalities = version.meta.width, version.meta.modalities
+    vectors, mass = torch.zeros(len(ids), width), torch.zeros(len(ids), len(modalities))
+    known, content = torch.zeros(len(ids), dtype=torch.bool), torch.zeros(len(ids), 16, dtype=torch.uint8)
+    titles = [""] * len(ids)
+    places = torch.from_numpy(old.nonzero()[0])
+    vectors[places], mass[places] = version.vectors(rows[old]), version.mass(rows[old])
+    known[places], content[places] = version.known(rows[old]), version.content(rows[old])
+    for place, title in zip(places.tolist(), version.titles(rows[old]), strict=True):
+        titles[place] = title
+    for n, item in enumerate(items):
+        where = f"items.{n}"
+        if not old[n] and (item.vector is None or item.mass is None):
+            missing = "vector" if item.vector is None else "mass"
+            raise ValueError(f"{where}.{missing}: a new item needs one, and {item.id!r} is new")
+        if item.vector is not None:
+            if len(item.vector) != width:
+                raise ValueError(f"{where}.vector: must have {width} elements, got {len(item.vector)}")
+            vectors[n] = torch.tensor(item.vector, dtype=torch.float64)
+            if not bool(vectors[n].isfinite().all()):
+                raise ValueError(f"{where}.vector: must be finite in float32")
+            digest = hashlib.blake2b(vectors[n].numpy().tobytes(), digest_size=16).digest()
+            content[n] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
+        if item.mass is not None:
+            unknown = sorted(set(item.mass) - set(modalities))
+            if unknown:
+                raise ValueError(f"{where}.mass: there is no modality {unknown[0]!r}; there are {list(modalities)}")
+            mass[n] = torch.tensor([item.mass.get(name, 0.0) for name in modalities])
+        known[n] = known[n] if item.known is None else item.known
+        titles[n] = titles[n] if item.title is None else item.title
+    tokens = {name: _kept(version, name, rows) for name in version.meta.tokens}
+    return ItemRows(ids, vectors, mass, known, content, titles, tokens)
+
+
+def _kept(version: StoreVersion, modality: str, rows: np.ndarray) -> Tokens:
+    """The token rows that items have; new ones have none."""
+    old = rows >= 0
+    kept = version.tokens(modality, rows[old])
+    lengths = torch.zeros(len(rows), dtype=torch.int64)
+    lengths[torch.from_numpy(old)] = kept.offsets.diff()
+    return Tokens(kept.values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), kept.kind)
