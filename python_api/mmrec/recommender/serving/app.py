@@ -32,6 +32,7 @@ __all__ = ["Settings", "create_app"]
 
 _LOG = logging.getLogger(__name__)
 _KIB = 1 << 10
+_MOST_SHOWN = 40
 _RETRY, _KEPT = {"Retry-After": "1"}, {"cache-control": "max-age=3600"}
 _NO_IMAGE = (
     """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 3"><rect width="2" height="3" fill="#8885"/></svg>"""
@@ -263,7 +264,10 @@ class _Server:
         if wanted is None:
             return
         scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(given.encode(), wanted.encode()):
+        if scheme.lower() != "bearer" or not hmac.compare_digest(
+            given.encode("latin-1"),
+            wanted.encode(),  # as bytes of the header, which starlette takes for Latin-1
+        ):
             raise HTTPException(
                 401, "authorization: needs the bearer token of this server", {"WWW-Authenticate": "Bearer"}
             )
@@ -318,8 +322,10 @@ async def _invalid(_request: Request, error: Exception) -> Response:
 def _shown(value: object) -> str:
     if isinstance(value, list):
         return f"a list of {len(value)}"
-    text = value if isinstance(value, str) else str(value) if not isinstance(value, int) else f"{value:e}"[:40]
-    return repr(text[:40]) + ("…" if len(text) > 40 else "")
+    if isinstance(value, int) and abs(value) >= 1 << 63:
+        return f"an integer of {value.bit_length()} bits"
+    text = str(value)
+    return repr(text[:_MOST_SHOWN] + "…" if len(text) > _MOST_SHOWN else value)
 
 
 async def _refused(_request: Request, error: Exception) -> Response:

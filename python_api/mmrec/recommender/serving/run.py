@@ -10,18 +10,25 @@ from fastapi import FastAPI
 
 from .limits import impatient
 
-__all__ = ["serve"]
+__all__ = ["config", "serve"]
 
 # Threads that want the interpreter get it after so many seconds (Python's own default is ten times as long): what
 # comes in waits for the thread that answers, and that one for it.
 _SWITCH_INTERVAL = 5e-4
-_BACKLOG = 2048
 
 
-def serve(
+def config(
     app: FastAPI, *, host: str = "127.0.0.1", port: int = 8000, read_seconds: float = 5.0, close_seconds: int = 10,
     max_connections: int = 1024, access_log: bool = False, log_level: str = "info",
-) -> None:  # fmt: skip
+) -> uvicorn.Config:  # fmt: skip
+    """How uvicorn runs the application; see `serve`."""
+    return uvicorn.Config(
+        app, host=host, port=port, http=impatient(read_seconds), ws="none", timeout_graceful_shutdown=close_seconds,
+        limit_concurrency=max_connections, access_log=access_log, log_level=log_level, server_header=False,
+    )  # fmt: skip
+
+
+def serve(app: FastAPI, **settings: Any) -> None:
     """Serves until SIGTERM or Ctrl-C; then what has begun is answered, for at most `close_seconds`.
 
     Args:
@@ -34,9 +41,4 @@ def serve(
         log_level: of uvicorn.
     """
     sys.setswitchinterval(_SWITCH_INTERVAL)
-    settings: dict[str, Any] = {
-        "host": host, "port": port, "http": impatient(read_seconds), "ws": "none", "backlog": _BACKLOG,
-        "timeout_graceful_shutdown": close_seconds, "limit_concurrency": max_connections, "access_log": access_log,
-        "log_level": log_level, "server_header": False,
-    }  # fmt: skip
-    uvicorn.run(app, **settings)
+    uvicorn.Server(config(app, **settings)).run()
