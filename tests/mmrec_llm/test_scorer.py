@@ -88,6 +88,13 @@ def test_groups_may_be_empty(qwen2):
     assert [len(one) for one in scorer(PROMPTS, [[], []])] == [0, 0] and scorer([], []) == []
 
 
+def test_a_blank_that_is_a_token_of_its_own_is_left_out(qwen2):
+    backbone = Backbone.load(qwen2, quantize=None)
+    ids = backbone.tokenizer([" Yes", " No", "Yes", "No"])["input_ids"]
+    assert ids[0][0] == ids[1][0] and ids[2][0] != ids[3][0]
+    assert YesNoScorer(backbone).tokens == (ids[2][0], ids[3][0])
+
+
 def test_errors(qwen2, bert, tmp_path, save_byte_tokenizer):
     backbone = Backbone.load(qwen2, quantize=None)
     with pytest.raises(ValueError, match="must begin with different tokens"):

@@ -29,7 +29,8 @@ class YesNoScorer:
     Args:
         backbone: a causal model that can go on from prefixes (`Backbone.why_not_packed` is None). Of its output layer
             the rows of two tokens are read from the checkpoint, no more.
-        yes, no: the two answers; the first token of each counts, as it stands after the text.
+        yes, no: the two answers; the first token of each counts, as it stands after the text. Where a tokenizer takes
+            the blank before them for a token of its own, they stand without it.
 
     Raises:
         ValueError: a model that is not causal or has no output layer, or answers that begin with the same token.
@@ -39,6 +40,8 @@ class YesNoScorer:
         if backbone.why_not_packed is not None:
             raise ValueError(f"backbone: it cannot go on from prefixes: {backbone.why_not_packed}")
         tokens = [row[:1] for row in tokenize(backbone, [yes, no], special=False)]
+        if tokens[0] == tokens[1]:  # a blank is a token of its own
+            tokens = [row[:1] for row in tokenize(backbone, [yes.lstrip(), no.lstrip()], special=False)]
         if not all(tokens) or tokens[0] == tokens[1]:
             raise ValueError(f"yes and no must begin with different tokens, got {yes!r} and {no!r}: {tokens}")
         backbone.encode([yes], prefix=backbone.prefix(yes), progress=False)  # refuses what is not causal

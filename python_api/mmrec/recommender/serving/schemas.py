@@ -4,14 +4,20 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 __all__ = ["Error", "FoundItems", "Health", "ItemsIn", "ItemsOut", "RecommendIn", "RecommendOut"]
 
 MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS = 512, 4096, 1000, 1000, 4096
 
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="id of an item")]
+# JSON has one kind of number, and 3.0 is an integer there.
+Whole = Annotated[int, BeforeValidator(lambda given: int(given) if _is_whole(given) else given)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
+
+
+def _is_whole(given: object) -> bool:
+    return isinstance(given, float) and given.is_integer()
 
 
 class _In(BaseModel):
@@ -24,10 +30,10 @@ class RecommendIn(_In):
     """A history, and what is wanted after it."""
 
     history: list[ItemId] = Field(min_length=1, max_length=MAX_HISTORY, description="item ids, oldest first")
-    k: int = Field(10, ge=1, le=MAX_K, description="items per answer")
+    k: Whole = Field(10, ge=1, le=MAX_K, description="items per answer")
     exclude_seen: bool = Field(True, description="leave the history's own items out")
-    depth: int | None = Field(None, ge=1, description="how many last items are read")
-    rerank: int = Field(0, ge=0, le=MAX_K, description="how many of the best items are ranked again")
+    depth: Whole | None = Field(None, ge=1, description="how many last items are read")
+    rerank: Whole = Field(0, ge=0, le=MAX_K, description="how many of the best items are ranked again")
     budget_ms: float | None = Field(
         None, gt=0, le=60_000, allow_inf_nan=False,
         description="milliseconds from arrival to answer; depth and rerank are then chosen",
