@@ -200,7 +200,7 @@ def test_a_server_under_load(mmrec: Mmrec, tmp_path: Path) -> None:
     (row,) = read_json(told)["rows"]
     assert row["statuses"] == {"200": 200} and row["requests"] == 200 and 1.5 < row["seconds"] < 10
     assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= row["longest_ms"]
-    assert row["rss_begin_mib"] > 50 and row["rss_end_mib"] < 1.5 * row["rss_begin_mib"]
+    assert row["memory_begin_mib"] > 50 and row["memory_end_mib"] < 1.5 * row["memory_begin_mib"]
     assert (row["items"], row["dtype"], row["history"], row["rate"]) == (300, "int8", 7, 100.0)
     assert "100 requests per second" in outcome.out and time.monotonic() - began < 60
     mmrec("bench-serving", "--rate", 0).failed("--rate must be above 0, got 0")

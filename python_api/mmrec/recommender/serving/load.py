@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import json
 import multiprocessing
-import os
 import socket
 import time
 from collections import Counter
@@ -34,26 +33,26 @@ class Loaded:
         seconds: it took.
         ms: from due to answered, of each request that got a 200.
         statuses: how many requests got each; "lost" where the connection ended without one.
-        rss_mib: the server's resident memory, once per second.
+        memory_mib: the server's own resident memory, once per second.
     """
 
     seconds: float = 0.0
     ms: list[float] = field(default_factory=list)
     statuses: Counter[str] = field(default_factory=Counter)
-    rss_mib: list[float] = field(default_factory=list)
+    memory_mib: list[float] = field(default_factory=list)
 
     def summary(self) -> dict[str, object]:
         """As JSON values; memory at the begin (once warm) and at the end are medians of a tenth of the time each."""
         p50, p95, p99 = np.percentile(self.ms, [50, 95, 99]) if self.ms else (float("nan"),) * 3
-        tenth = max(1, len(self.rss_mib) // 10)
-        warm = self.rss_mib[int(_SETTLE * len(self.rss_mib)) :]
+        tenth = max(1, len(self.memory_mib) // 10)
+        warm = self.memory_mib[int(_SETTLE * len(self.memory_mib)) :]
         return {
             "seconds": round(self.seconds, 2), "requests": sum(self.statuses.values()),
             "statuses": dict(self.statuses), "per_second": round(len(self.ms) / max(self.seconds, 1e-9), 1),
             "p50_ms": float(p50), "p95_ms": float(p95), "p99_ms": float(p99),
             "longest_ms": float(max(self.ms, default=float("nan"))),
-            "rss_begin_mib": float(np.median(warm[:tenth])) if warm else None,
-            "rss_end_mib": float(np.median(warm[-tenth:])) if warm else None,
+            "memory_begin_mib": float(np.median(warm[:tenth])) if warm else None,
+            "memory_end_mib": float(np.median(warm[-tenth:])) if warm else None,
         }  # fmt: skip
 
 
@@ -156,7 +155,7 @@ async def _load(
         task.add_done_callback(running.discard)
         if pid is not None and due - sampled >= 1:
             sampled = due
-            found.rss_mib.append(_rss_mib(pid))
+            found.memory_mib.append(_memory_mib(pid))
     await asyncio.gather(*running)
     found.seconds = time.perf_counter() - began
     for connection in free:
@@ -165,9 +164,10 @@ async def _load(
     return found
 
 
-def _rss_mib(pid: int) -> float:
-    pages = int(Path(f"/proc/{pid}/statm").read_text().split()[1])
-    return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+def _memory_mib(pid: int) -> float:
+    """Without the pages of mapped files, which the kernel may take back."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) / 1024
 
 
 @contextmanager
