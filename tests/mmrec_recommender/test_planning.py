@@ -81,8 +81,9 @@ def test_measured_quality_decides():
     assert Planner(costs(worse_again)).choose(1000, 1, 0.99)[0] == Plan(20, 0)
     equal = dict.fromkeys(worse_again, 0.5)
     assert Planner(costs(equal)).choose(1000, 1, 0.99)[0] == Plan(5, 0)  # the cheaper of equals
-    del worse_again[Plan(5, 16)]
-    assert Planner(costs(worse_again)).choose(1000, 1, 0.99)[0] == Plan(20, 16)
+    # Only plans of known quality are chosen, as long as any is known.
+    assert Planner(costs({Plan(5, 4): 0.1, Plan(7, 0): 0.2})).choose(1000, 1, 0.99)[0] == Plan(5, 4)
+    assert Planner(costs({Plan(7, 0): 0.2})).choose(1000, 1, 0.99)[0] == Plan(20, 16)
 
 
 @pytest.mark.parametrize("quantile", [0.5, 0.9, 0.99])
@@ -164,20 +165,20 @@ def test_ranking_again_needs_a_reranker(online):
 
 
 def test_calibrated_answers_keep_their_budget(online):
-    online.reranker = Slow(ms=1.0)
+    online.reranker = Slow(ms=5.0)
     found = calibrate(online, depths=(5, 99), batches=(1, 2), widths=(4, 16), seconds=0.2)
     assert [*found.retrieval] == [5, 20] and all([*sizes] == [1, 2] for sizes in found.retrieval.values())
-    assert {w: 1 <= t.at(0.5) / w <= 2.5 for w, t in found.rerank.items()} == {4: True, 16: True}
+    assert {w: 5 <= t.at(0.5) / w <= 15 for w, t in found.rerank.items()} == {4: True, 16: True}
     assert found.facts == {**online.facts, "items": 500, "k": 10} and found.facts["reranker"] == "slow"
     online.costs = found
     rerank = {}
-    for budget in (4.0, 12.0, 200.0):
-        answers = [online.recommend(HISTORY, 10, budget_ms=budget, quantile=0.9)[0].how for _ in range(40)]
+    for budget in (15.0, 60.0, 1000.0):
+        answers = [online.recommend(HISTORY, 10, budget_ms=budget, quantile=0.9)[0].how for _ in range(30)]
         rerank[budget] = [how.rerank for how in answers]
-        assert sum(how.in_time for how in answers) >= 30  # 36 are expected of a quiet machine
+        assert sum(how.in_time for how in answers) >= 20  # 27 are expected of a quiet machine
         assert all(how.in_time == (how.took_ms <= budget) and how.budget_ms == budget for how in answers)
         assert all(0 < how.expected_ms for how in answers)
-    assert max(rerank[4.0]) == 0 and np.median(rerank[12.0]) == 4 and np.median(rerank[200.0]) == 16
+    assert max(rerank[15.0]) == 0 and np.median(rerank[60.0]) == 4 and np.median(rerank[1000.0]) == 16
 
 
 def test_what_is_late_already_is_not_ranked_again(online, monkeypatch):

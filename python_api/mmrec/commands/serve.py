@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from .console import say, status
 from .data import load_catalogue
@@ -14,9 +16,9 @@ from .index import write_store
 from .runs import TrainedRun, open_run
 
 if TYPE_CHECKING:
-    from ..recommender import OnlineRecommender, Reranker
+    from ..recommender import OnlineRecommender, Plan, Reranker
 
-__all__ = ["TOKEN", "default_threads", "serve_command"]
+__all__ = ["TOKEN", "default_threads", "load_reranker", "serve_command"]
 
 _LOG = logging.getLogger(__name__)
 STORE, TOKEN = "store", "MMREC_TOKEN"
@@ -25,8 +27,8 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 
 def serve_command(
     *, run: Path, store: Path | None, data: Path | None, layout: str, host: str, port: int, threads: int | None,
-    max_batch: int, timeout: float, read_only: bool, costs: Path | None, calibrate_seconds: float, reranker: str | None,
-    quantize: str, access_log: bool,
+    max_batch: int, timeout: float, read_only: bool, costs: Path | None, calibrate_seconds: float, plans: Path | None,
+    reranker: str | None, quantize: str, access_log: bool,
 ) -> None:  # fmt: skip
     """See ``mmrec serve --help``."""
     import torch
@@ -44,7 +46,7 @@ def serve_command(
     folder = run / STORE if store is None else store
     image = _images(opened, data, layout, folder)
     online = _online(opened, folder, reranker, quantize)
-    _set_costs(online, costs, calibrate_seconds)
+    _set_costs(online, costs, calibrate_seconds, {} if plans is None else _worth(plans, opened.model_id))
     version = online.version
     say(f"{len(version)} items of {opened.label} in {version.meta.dtype}, version {version.number} of {folder}")
     logging.getLogger("mmrec").setLevel(logging.INFO)
@@ -74,11 +76,12 @@ def _images(run: TrainedRun, data: Path | None, layout: str, store: Path) -> Cal
 def _online(run: TrainedRun, store: Path, reranker: str | None, quantize: str) -> OnlineRecommender:
     from ..recommender import ItemStore, OnlineRecommender
 
-    found = None if reranker is None else _reranker(reranker, quantize)
+    found = None if reranker is None else load_reranker(reranker, quantize)
     return OnlineRecommender(run.model, ItemStore(store), model_id=run.model_id, reranker=found)
 
 
-def _reranker(name: str, quantize: str) -> Reranker:
+def load_reranker(name: str, quantize: str) -> Reranker:
+    """A causal model that ranks again, by folder or name."""
     from ..llm import Backbone, YesNoScorer
     from ..recommender import LLMReranker
 
@@ -87,18 +90,39 @@ def _reranker(name: str, quantize: str) -> Reranker:
         return LLMReranker(YesNoScorer(backbone))
 
 
-def _set_costs(online: OnlineRecommender, path: Path | None, seconds: float) -> None:
+def _worth(path: Path, model_id: str) -> dict[Plan, float]:
+    """What ``mmrec latency`` found the plans of this model to be worth; in the first dtype that it tried."""
+    from ..recommender import Plan
+
+    try:
+        rows = json.loads(path.read_text(encoding="utf-8"))["frontier"]
+        mine = [row for row in rows if row["model_id"] == model_id]
+        found = {Plan(r["depth"], r["rerank"]): float(r["worth"]) for r in mine if r["dtype"] == mine[0]["dtype"]}
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"--plans {path} is no latency.json ({type(error).__name__}: {error})") from None
+    if not found:
+        raise ValueError(f"--plans {path} says nothing of model {model_id}")
+    return found
+
+
+def _set_costs(online: OnlineRecommender, path: Path | None, seconds: float, worth: Mapping[Plan, float]) -> None:
     """Costs of the file, if they are those of this machine and store; else measured anew, and kept there."""
     from ..recommender import Costs, calibrate
 
+    costs = None
     if path is not None and path.is_file():
         try:
-            online.costs = Costs.load(path)
-            return
+            costs = Costs.load(path)
+            costs.check(online.facts)
         except ValueError as error:
             _LOG.warning("%s", error)
-    if seconds:
+            costs = None
+    if costs is None and seconds:
+        depths, widths = ({plan.depth for plan in worth}, {plan.rerank for plan in worth if plan.rerank})
+        settings: dict[str, Any] = {"depths": sorted(depths), "widths": sorted(widths)} if worth else {}
         with status("measuring what answers cost"):
-            online.costs = calibrate(online, seconds=seconds)
-        if path is not None and online.costs is not None:
-            online.costs.save(path)
+            costs = calibrate(online, seconds=seconds, **settings)
+        if path is not None:
+            costs.save(path)
+    if costs is not None:
+        online.costs = dataclasses.replace(costs, quality=worth or costs.quality)

@@ -7,11 +7,15 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Device, JsonFile, Layout, OptionalData, Quantize, Quantized, StoreDtype
+from .options import Debug, Device, JsonFile, Layout, OptionalData, Quantize, Quantized, Stage, StoreDtype
 
 __all__ = ["app"]
 
 app = typer.Typer()
+
+Reranker = Annotated[
+    str | None, typer.Option(metavar="NAME", help="Causal model, folder or Hugging Face name, that ranks again.")
+]
 
 
 @app.command()
@@ -51,10 +55,11 @@ def serve(
     calibrate: Annotated[
         float, typer.Option(metavar="SECONDS", min=0, help="Per case, to measure costs; 0: no budgets.")
     ] = 0.3,
-    reranker: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Causal model, folder or Hugging Face name, that ranks again."),
+    plans: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="latency.json of mmrec latency: its best plan that fits."),
     ] = None,
+    reranker: Reranker = None,
     quantize: Quantized = Quantize.nf4,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
     debug: Debug = False,
@@ -64,8 +69,45 @@ def serve(
 
     serve_command(
         run=run, store=store, data=data, layout=layout, host=host, port=port, threads=threads, max_batch=max_batch,
-        timeout=timeout, read_only=read_only, costs=costs, calibrate_seconds=calibrate, reranker=reranker,
+        timeout=timeout, read_only=read_only, costs=costs, calibrate_seconds=calibrate, plans=plans, reranker=reranker,
         quantize=quantize.value, access_log=access_log,
+    )  # fmt: skip
+
+
+@app.command()
+def latency(
+    run: Annotated[list[Path], typer.Option(metavar="RUN", help="Folder of a trained run; repeatable, to compare.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where report.html and latency.json go.")],
+    dtype: Annotated[list[StoreDtype] | None, typer.Option(help="Of the store; default: all three.")] = None,
+    depth: Annotated[
+        list[int] | None, typer.Option(metavar="N", min=1, help="Last items read; default 1, 5, 10, 20, and all.")
+    ] = None,
+    batch: Annotated[
+        list[int] | None, typer.Option(metavar="B", min=1, help="Histories at a time; default: 1, 8, 32.")
+    ] = None,
+    reranker: Reranker = None,
+    quantize: Quantized = Quantize.nf4,
+    rerank: Annotated[
+        list[int] | None, typer.Option(metavar="W", min=1, help="Items ranked again; default 4, 16.")
+    ] = None,
+    rerank_users: Annotated[int, typer.Option(min=1, help="Most users that are ranked again.")] = 200,
+    stage: Annotated[Stage, typer.Option(help="Which held-out part is predicted.")] = Stage.test,
+    threads: Annotated[int | None, typer.Option(min=1, help="Default: torch's own choice.")] = None,
+    seconds: Annotated[float, typer.Option(min=0, help="Per way to answer, beyond the least calls.")] = 3.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the histories that are drawn.")] = 0,
+    data: OptionalData = None,
+    layout: Layout = "auto",
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """What quality costs in milliseconds: depth of the history, dtype of the store, reranking; and each stage."""
+    from .latency import latency_command
+
+    latency_command(
+        runs=run, out=out, data=data, layout=layout, dtypes=[d.value for d in dtype or StoreDtype],
+        depths=depth or [1, 5, 10, 20], batches=batch or [1, 8, 32], widths=rerank or [4, 16], reranker=reranker,
+        quantize=quantize.value, rerank_users=rerank_users, stage=stage.value, threads=threads, seconds=seconds,
+        seed=seed, json_file=json_file,
     )  # fmt: skip
 
 

@@ -3,59 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from html import escape
 
-__all__ = ["interval_chart", "line_chart", "share_chart"]
+__all__ = ["frontier_chart", "interval_chart", "line_chart", "share_chart"]
 
 Points = Sequence[tuple[float, float]]
 
 # Okabe and Ito's colours, which colour-blind readers can tell apart, darkened where they carry thin lines on white.
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#a8557f", "#b8860b", "#3d8fc4", "#555e6b", "#7a5195")
 _INK, _MUTED, _GRID = "#1f2933", "#66727f", "#e4e8ec"
+_WIDTH, _HEIGHT = 460, 250  # of charts with two axes
 _CHARACTER = 6.7  # width of one at the font size of 12
 
 
 def line_chart(series: Mapping[str, Points], *, x_label: str = "step", title: str = "") -> str:
     """Lines over a common axis. Points that are not finite leave a gap; one finite point is drawn as a dot."""
-    width, height, left, right, top, bottom = 460, 250, 58, 16, 14, 40
     finite = [p for points in series.values() for p in points if _finite(*p)]
     if not finite:
         return _nothing("no finite values")
-    legend = len(series) > 1
-    top += 20 * _legend_lines(list(series), left, width) if legend else 0
-    x_low, x_high = min(p[0] for p in finite), max(p[0] for p in finite)
-    y_ticks = _ticks(min(p[1] for p in finite), max(p[1] for p in finite))
-    x_ticks = [t for t in _ticks(x_low, x_high, 5) if x_low <= t <= x_high] or [x_low]
-
-    def x(value: float) -> float:
-        return left + (width - left - right) * ((value - x_low) / (x_high - x_low) if x_high > x_low else 0.5)
-
-    def y(value: float) -> float:
-        return height - bottom - (height - top - bottom) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
-
-    parts = [
-        _rule(left, y(t), width - right, y(t)) + _text(left - 8, y(t) + 4, label, "end")
-        for t, label in zip(y_ticks, _labels(y_ticks), strict=True)
-    ]
-    parts += [
-        _text(x(t), height - bottom + 18, label, "middle") for t, label in zip(x_ticks, _labels(x_ticks), strict=True)
-    ]
-    parts.append(_text((left + width - right) / 2, height - 5, x_label, "middle"))
+    parts, x, y = _axes(finite, list(series), x_label)
     for i, points in enumerate(series.values()):
         colour = PALETTE[i % len(PALETTE)]
         for run in _runs(points):
-            if len(run) == 1:
-                parts.append(f'<circle cx="{x(run[0][0]):.1f}" cy="{y(run[0][1]):.1f}" r="3" fill="{colour}"/>')
-            else:
-                path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in run)
-                parts.append(
-                    f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2" '
-                    'stroke-linejoin="round"/>'
-                )
-    if legend:
-        parts.append(_legend(list(series), left, 12, width))
-    return _svg(width, height, parts, title or ", ".join(series))
+            parts.append(_dot(x(run[0][0]), y(run[0][1]), 3, colour) if len(run) == 1 else _line(run, x, y, colour))
+    return _svg(_WIDTH, _HEIGHT, parts, title or ", ".join(series))
+
+
+def frontier_chart(series: Mapping[str, Sequence[tuple[float, float, bool]]], *, x_label: str, title: str = "") -> str:
+    """Dots `(x, y, on the frontier)`; those on the frontier are filled, and joined by a grey line whatever series they
+    are of."""
+    finite = [p for points in series.values() for p in points if _finite(*p[:2])]
+    if not finite:
+        return _nothing("no finite values")
+    parts, x, y = _axes([p[:2] for p in finite], list(series), x_label)
+    parts.append(_line(sorted(p[:2] for p in finite if p[2]), x, y, "#9aa5b1", width=1.5))
+    for i, points in enumerate(series.values()):
+        colour = PALETTE[i % len(PALETTE)]
+        parts += [_dot(x(p[0]), y(p[1]), 4.5, colour, filled=p[2]) for p in points if _finite(*p[:2])]
+    return _svg(_WIDTH, _HEIGHT, parts, title or ", ".join(series))
+
+
+def _axes(
+    points: Sequence[tuple[float, float]], names: Sequence[str], x_label: str
+) -> tuple[list[str], Callable[[float], float], Callable[[float], float]]:
+    """Grid, labels and, for several series, the legend; and where a value lies on either axis."""
+    left, right, top, bottom = 58, 16, 14, 40
+    top += 20 * _legend_lines(names, left, _WIDTH) if len(names) > 1 else 0
+    x_low, x_high = min(p[0] for p in points), max(p[0] for p in points)
+    y_ticks = _ticks(min(p[1] for p in points), max(p[1] for p in points))
+    x_ticks = [t for t in _ticks(x_low, x_high, 5) if x_low <= t <= x_high] or [x_low]
+
+    def x(value: float) -> float:
+        return left + (_WIDTH - left - right) * ((value - x_low) / (x_high - x_low) if x_high > x_low else 0.5)
+
+    def y(value: float) -> float:
+        return _HEIGHT - bottom - (_HEIGHT - top - bottom) * (value - y_ticks[0]) / (y_ticks[-1] - y_ticks[0])
+
+    parts = [
+        _rule(left, y(t), _WIDTH - right, y(t)) + _text(left - 8, y(t) + 4, label, "end")
+        for t, label in zip(y_ticks, _labels(y_ticks), strict=True)
+    ]
+    parts += [
+        _text(x(t), _HEIGHT - bottom + 18, label, "middle") for t, label in zip(x_ticks, _labels(x_ticks), strict=True)
+    ]
+    parts.append(_text((left + _WIDTH - right) / 2, _HEIGHT - 5, x_label, "middle"))
+    if len(names) > 1:
+        parts.append(_legend(names, left, 12, _WIDTH))
+    return parts, x, y
 
 
 def interval_chart(rows: Sequence[tuple[str, float, float | None, float | None, bool]], *, title: str = "") -> str:
@@ -192,6 +207,19 @@ def _legend(names: Sequence[str], left: float, y: float, width: float) -> str:
         f'fill="{PALETTE[i % len(PALETTE)]}"/>' + _text(at + 15, y + 20 * line, name)
         for i, (at, line, name) in enumerate(_legend_places(names, left, width))
     )
+
+
+def _line(
+    points: Points, x: Callable[[float], float], y: Callable[[float], float], colour: str, *, width: float = 2
+) -> str:
+    path = " ".join(f"{x(a):.1f},{y(b):.1f}" for a, b in points)
+    return f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="{width}" stroke-linejoin="round"/>'
+
+
+def _dot(x: float, y: float, radius: float, colour: str, *, filled: bool = True) -> str:
+    fill = colour if filled else "none"
+    stroke = "" if filled else f' stroke="{colour}" stroke-width="1.5"'
+    return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius}" fill="{fill}"{stroke}/>'
 
 
 def _rule(x1: float, y1: float, x2: float, y2: float) -> str:

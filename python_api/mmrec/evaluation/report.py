@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..files import write_atomic
-from .charts import interval_chart, line_chart, share_chart
+from .charts import frontier_chart, interval_chart, line_chart, share_chart
 from .intervals import Interval
 from .results import Result, interval
 
@@ -19,7 +19,7 @@ __all__ = ["group_rows", "metric_rows", "write_report"]
 
 _SECTIONS = (
     "title", "subtitle", "fingerprint", "protocol", "seeds", "command", "metrics", "differences", "slices", "curves",
-    "modalities", "dominance", "missing", "experts", "config", "notes",
+    "modalities", "dominance", "missing", "experts", "frontier", "latency", "config", "notes",
 )  # fmt: skip
 
 _STYLE = """
@@ -102,7 +102,8 @@ def write_report(run: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
             - "modalities": attention mass ``{name: mass}``, or ``{group: {name: mass}}`` for one bar per group;
             - "dominance": ``{modality: {"drop", "only", "noise", "index"}}``;
             - "missing": ``{curve: [(rate, value)]}``;
-            - "experts": ``{modality: [share of each expert]}``; "config": a mapping, nested or not.
+            - "experts": ``{modality: [share of each expert]}``; "config": a mapping, nested or not;
+            - "frontier": ``{"quality": metric, "rows": […]}`` and "latency": rows, as `mmrec latency` has them.
         path: the file, replaced atomically.
     """
     if unknown := sorted(set(run) - set(_SECTIONS)):
@@ -159,12 +160,44 @@ def _sections(run: Mapping[str, Any]) -> Iterable[str]:
         shares = {name: {f"expert {i}": v for i, v in enumerate(values)} for name, values in experts.items()}
         many = max(len(values) for values in experts.values()) > 16
         yield _section("Expert utilisation", share_chart(shares, title="expert utilisation", legend=not many))
+    if frontier := run.get("frontier"):
+        yield _frontier(frontier["quality"], frontier["rows"])
+    if stages := run.get("latency"):
+        hint = "Milliseconds of a call that answers so many histories; first: the first call after opening the store."
+        rows = [{**row, "values": {f"{q} ms": row[f"{q}_ms"] for q in ("p50", "p95", "p99")}} for row in stages]
+        rows = [{**row, "values": {**row["values"], "first ms": row["cold_ms"]}} for row in rows]
+        labels = ("stage", "items", "dtype", "batch", "threads", "calls")
+        yield _section("Latency by stage", _value_table(rows, _columns(rows), labels), hint)
     if config := run.get("config"):
         yield _section("Configuration", _config_table(config))
     if run.get("command"):
         yield _section("Command", f"<pre><code>{escape(str(run['command']))}</code></pre>")
     if notes := run.get("notes"):
         yield _section("Notes", "".join(f"<p>{escape(str(note))}</p>" for note in notes))
+
+
+def _frontier(quality: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """What each way to answer is worth and takes: a chart of those without reranking, and a table of all."""
+    hint = (
+        "Single requests. A filled dot: no other way is as good and as fast. Ranking again takes far longer and is in "
+        "the table only, for as many users as it says; in small print the 95 % bootstrap interval over users."
+    )
+    drawn: dict[str, list[tuple[float, float, bool]]] = {}
+    for row in rows:
+        if not row["rerank"]:
+            point = (row["p50_ms"], row["metrics"][quality][0], row["frontier"])
+            drawn.setdefault(f"{row['model']}, {row['dtype']}", []).append(point)
+    chart = frontier_chart(drawn, x_label="p50, milliseconds", title=f"{quality} against latency")
+    table = [
+        {
+            **row, "frontier": "yes" if row["frontier"] else "", "reranked": row["rerank"] or "",
+            "values": {**{f"{q} ms": row[f"{q}_ms"] for q in ("p50", "p95", "p99")}, **row["metrics"]},
+        }
+        for row in rows
+    ]  # fmt: skip
+    labels = ("model", "dtype", "depth", "reranked", "users", "frontier")
+    body = _grid([(f"{quality} against milliseconds", chart)]) + _value_table(table, _columns(table), labels)
+    return _section("Quality against latency", body, hint)
 
 
 def _section(title: str, body: str, hint: str = "") -> str:
@@ -215,6 +248,7 @@ def _value_table(
 ) -> str:
     labels = [label for label in labels if any(label in row for row in rows)]
     form = "{:+.4f}" if signed else "{:.4f}"
+    forms = {name: "{:.2f}" if name.endswith(" ms") else form for name in names}
     best: dict[str, float] = {}
     for name in names if mark_best and len(rows) > 1 else ():
         values = [v for row in rows if math.isfinite(v := _triple(row["values"].get(name))[0])]
@@ -227,6 +261,7 @@ def _value_table(
         cells[0] += '<span class="tag">floor</span>' if row.get("floor") else ""
         for name in names:
             mean, low, high = _triple(row["values"].get(name))
+            form = forms[name]
             text = form.format(mean) if math.isfinite(mean) else "–"
             if low is not None and high is not None:
                 text += f"<small>{form.format(low)} … {form.format(high)}</small>"

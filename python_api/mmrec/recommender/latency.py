@@ -85,16 +85,27 @@ def generated(
         yield OnlineRecommender(model, store)
 
 
-def measure(online: OnlineRecommender, load: Load, *, seconds: float, seed: int = 0) -> list[Latency]:
-    """One row per stage, and one for all of them, over at least 200 calls and `seconds`."""
+def measure(
+    online: OnlineRecommender, load: Load, *, seconds: float, histories: Sequence[Sequence[str]] | None = None,
+    seed: int = 0,
+) -> list[Latency]:  # fmt: skip
+    """One row per stage, and one for all of them, over at least 200 calls and `seconds`.
+
+    `histories`: which are drawn from; None: random items of a generated store.
+    """
     random = np.random.default_rng(seed)
     num_items = len(online.version)
 
+    def drawn() -> Sequence[str]:
+        if histories is not None:
+            return histories[int(random.integers(len(histories)))]
+        return [str(row) for row in random.integers(num_items, size=load.history)]
+
     def call(on: OnlineRecommender) -> dict[str, float]:
-        histories = [[str(row) for row in random.integers(num_items, size=load.history)] for _ in range(load.batch)]
+        asked = [drawn() for _ in range(load.batch)]
         taken: dict[str, float] = {}
         began = time.perf_counter()
-        on.recommend(histories, load.k, seconds=taken)
+        on.recommend(asked, load.k, seconds=taken)
         return {**taken, TOTAL: time.perf_counter() - began}
 
     for _ in range(_WARM_UP):

@@ -89,12 +89,13 @@ class Costs:
 
     @property
     def plans(self) -> list[Plan]:
-        """All plans, the best first: by quality where that was measured for all of them; else those that read more of
-        the history are better, and among these those that rank more again."""
+        """The best first. Those whose quality was measured, where it was for any; of equals the cheaper one. Else all:
+        those that read more of the history are better, and among these those that rank more again."""
         plans = [Plan(depth, width) for depth in self.retrieval for width in (0, *self.rerank)]
-        if all(plan in self.quality for plan in plans):
-            return sorted(plans, key=lambda plan: (-self.quality[plan], plan.rerank, plan.depth))
-        return sorted(plans, reverse=True)
+        known = [plan for plan in plans if plan in self.quality]
+        if not known:
+            return sorted(plans, reverse=True)
+        return sorted(known, key=lambda plan: (-self.quality[plan], plan.rerank, plan.depth))
 
     def expected_ms(self, plan: Plan, histories: int, quantile: float) -> float:
         """Milliseconds of a call with so many histories at the quantile: of its stages, added up."""
