@@ -164,7 +164,8 @@ def test_ranking_again_needs_a_reranker(online):
         online.recommend(HISTORY, 3, rerank=4)
 
 
-def test_calibrated_answers_keep_their_budget(online):
+def test_calibrated_answers_keep_their_budget(online, threads):
+    threads(1)  # several wait for each other, for long where others want the cores
     online.reranker = Slow(ms=5.0)
     found = calibrate(online, depths=(5, 99), batches=(1, 2), widths=(4, 16), seconds=0.2)
     assert [*found.retrieval] == [5, 20] and all([*sizes] == [1, 2] for sizes in found.retrieval.values())
