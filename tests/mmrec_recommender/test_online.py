@@ -90,6 +90,21 @@ def test_what_the_store_does_not_have_is_left_out_and_named(served):
         online.recommend([[IDS[0]]], 0)
 
 
+def test_a_depth_without_anything_known_goes_further_back(served):
+    """Less of the history read, as a budget may choose it, must not turn an answer into an error."""
+    model, _, store = served
+    online = OnlineRecommender(model, store)
+    history = [IDS[n] for n in (0, 1, NOTHING, NOTHING, NOTHING)]
+    for depth, same in ((1, [1]), (3, [0, 1]), (5, [0, 1, NOTHING, NOTHING, NOTHING])):
+        (found,) = online.recommend([history], 3, depth=depth, exclude_seen=False)
+        (wanted,) = online.recommend([[IDS[n] for n in same]], 3, exclude_seen=False)
+        assert found.items == wanted.items, depth
+        pair = online.recommend([history, [IDS[5]], history], 3, depth=depth, exclude_seen=False)
+        assert [one.items for one in pair] == [
+            wanted.items, online.recommend([[IDS[5]]], 3, exclude_seen=False)[0].items, wanted.items,
+        ]  # fmt: skip
+
+
 def test_new_items_are_served_after_a_reload(served):
     model, items, store = served
     online = OnlineRecommender(model, store, model_id="m")

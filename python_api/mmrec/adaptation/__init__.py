@@ -7,7 +7,7 @@ from .generate import generate_catalogue
 from .images import ImagePatches, image_patches, load_image
 from .interactions import Interactions
 from .schema import TableSchema
-from .tables import MultiColumn, TableArrays, encode_table
+from .tables import MultiColumn, TableArrays, TableFit, encode_table
 from .text import TextTemplate, item_texts, mask_title
 
 __all__ = [
@@ -19,6 +19,7 @@ __all__ = [
     "Interactions",
     "MultiColumn",
     "TableArrays",
+    "TableFit",
     "TableSchema",
     "TextTemplate",
     "encode_table",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -154,6 +154,20 @@ class Catalogue:
         start, stop = np.searchsorted(self.interactions.user, [user, user + 1])
         return self.interactions.item[start:stop]
 
+    def items_part(self, start: int, stop: int) -> Catalogue:
+        """Items ``start`` … ``stop − 1`` with their content, without users and interactions."""
+        part = slice(start, stop)
+        return Catalogue(
+            name=self.name,
+            item_ids=self.item_ids[part],
+            user_ids=[],
+            interactions=Interactions.from_rows(np.empty(0, np.int32), np.empty(0, np.int32)),
+            items=self.items[part],
+            schema=self.schema,
+            images=self.images[part],
+            features={name: Features(f.values[part], f.mask[part]) for name, f in self.features.items()},
+        )
+
     def fingerprint(self) -> str:
         """64 hex digits: SHA-256 over counts, ids, interactions, tables, image bytes and features (not name, notes,
         paths).
@@ -200,6 +214,32 @@ class Catalogue:
         from .readers import read
 
         return read(Path(path), layout)
+
+    @classmethod
+    def load_items(cls, path: str | Path, schema: TableSchema) -> Catalogue:
+        """Reads the items of a folder in the package's own layout (``items.*``, ``images/``, ``features/``), whose
+        columns have the roles of ``schema``; what else is there is left alone.
+
+        Columns that the folder does not have are missing values.
+
+        Raises:
+            CatalogueError: no items there, or bad data.
+        """
+        from .readers.folder import read_items
+
+        return read_items(Path(path), schema)
+
+    @classmethod
+    def from_items(cls, rows: Sequence[Mapping[str, Any]], schema: TableSchema, *, name: str = "items") -> Catalogue:
+        """Items as dicts: ``item_id``, and values by column; those that are not given are missing.
+
+        Raises:
+            CatalogueError: an id that is missing or there twice, or a value that does not fit its column's role.
+        """
+        from .readers.folder import items_of
+        from .schema import frame_of
+
+        return items_of(frame_of(rows, name), schema, name)
 
     def save(self, folder: str | Path) -> Path:
         """Writes the ``folder`` layout, so that ``Catalogue.load(folder) == self``; returns the folder.

@@ -14,21 +14,30 @@ from .runs import TrainedRun, open_run
 
 if TYPE_CHECKING:
     from ..adaptation import Catalogue
-    from ..recommender.store import ItemRows, StoreVersion
+    from ..recommender.store import ItemRows, Meta, StoreVersion
 
 __all__ = ["index_command", "write_store"]
 
 _PART = 1 << 16
 
 
-def index_command(*, run: Path, out: Path, dtype: str, data: Path | None, layout: str, json_file: Path | None) -> None:
+def index_command(
+    *, run: Path, out: Path, dtype: str, items: Path | None, update: bool, data: Path | None, layout: str,
+    json_file: Path | None,
+) -> None:  # fmt: skip
     """See ``mmrec index --help``."""
     began = time.perf_counter()
     opened = open_run(run)
-    catalogue, fingerprint = load_catalogue(opened.data if data is None else data, layout)
-    opened.check_data(catalogue, fingerprint)
-    version = write_store(opened, catalogue, out, dtype)
+    if update and items is None:
+        raise ValueError("--update needs --items, the folder of what is new")
+    if items is not None:
+        version = _write_items(opened, items, out, dtype, update)
+    else:
+        catalogue, fingerprint = load_catalogue(opened.data if data is None else data, layout)
+        opened.check_data(catalogue, fingerprint)
+        version = write_store(opened, catalogue, out, dtype)
     size = sum(os.path.getsize(out / file) for file in version.files)
+    dtype = version.meta.dtype
     content: dict[str, Any] = {
         "command": "index", "store": str(out), "version": version.number, "items": len(version), "dtype": dtype,
         "bytes": size, "model": opened.model_id, "run": str(run), "seconds": round(time.perf_counter() - began, 3),
@@ -40,14 +49,45 @@ def index_command(*, run: Path, out: Path, dtype: str, data: Path | None, layout
     write_json(json_file, content)
 
 
+def _write_items(run: TrainedRun, items: Path, folder: Path, dtype: str, update: bool) -> StoreVersion:
+    """The items of a folder, encoded by the run's model: as a store of their own, or into one that is there."""
+    from ..adaptation import Catalogue
+    from ..recommender.store import ItemStore
+
+    encoder = run.item_encoder()
+    catalogue = Catalogue.load_items(items, encoder.recipe.schema)
+    store = ItemStore(folder)
+    if update:
+        check_model(run, store.current())  # before hours of work
+    with status(f"encoding {catalogue.num_items} items"), store.writer() as writer:
+        if update:
+            for part in encoder.encode(catalogue):
+                writer.upsert(part)
+        else:
+            writer.create(meta_of(run, dtype), encoder.encode(catalogue))
+    return store.current()
+
+
+def check_model(run: TrainedRun, version: StoreVersion) -> None:
+    """``ValueError`` unless the store is of this run."""
+    if version.meta.model != run.model_id:
+        raise ValueError(f"the store holds items of model {version.meta.model}, {run.folder} is {run.model_id}")
+
+
+def meta_of(run: TrainedRun, dtype: str) -> Meta:
+    """What a store of the run has for all items."""
+    from ..recommender.store import Meta
+
+    return Meta(width=run.config.width, dtype=dtype, modalities=run.modalities, model=run.model_id, tokens={})
+
+
 def write_store(run: TrainedRun, catalogue: Catalogue, folder: Path, dtype: str) -> StoreVersion:
     """The run's items, with its stored vectors, as a new version of the store in ``folder``."""
-    from ..recommender.store import ItemStore, Meta
+    from ..recommender.store import ItemStore
 
-    meta = Meta(width=run.config.width, dtype=dtype, modalities=run.modalities, model=run.model_id, tokens={})
     store = ItemStore(folder)
     with status(f"writing {catalogue.num_items} items"), store.writer() as writer:
-        writer.create(meta, _parts(run, catalogue))
+        writer.create(meta_of(run, dtype), _parts(run, catalogue))
     return store.current()
 
 

@@ -27,10 +27,12 @@ if TYPE_CHECKING:
     from ..adaptation import Catalogue
     from ..evaluation import Ragged, Result, Seen, Split, Stage
     from ..recommender.config import RecommenderConfig
+    from ..recommender.encoder import ItemEncoder
     from ..recommender.model import Answers, ItemVectors, Recommender
 
 __all__ = ["Source", "TrainedRun", "cache_folder", "describe_run", "fit", "open_run"]
 
+_IDS = ("items.ids.values", "items.ids.offsets")
 RUN, CONFIG, METRICS, CURVES, REPORT = "run", "config.json", "metrics.json", "curves.json", "report.html"
 
 
@@ -102,6 +104,21 @@ class TrainedRun:
     def trained_items(self) -> np.ndarray:
         """bool ``[I]``: items that training interacted with."""
         return self.tensors["model.trained"].numpy()
+
+    def item_encoder(self) -> ItemEncoder:
+        """What reads other items as training read its own; ``ValueError`` for a run of an earlier version, which does
+        not say how that was."""
+        from ..recommender.encoder import ItemEncoder
+        from ..recommender.store.columns import Ragged
+        from ..recommender.training import Recipe
+
+        if "recipe" not in self.facts or not set(_IDS) <= set(self.tensors):
+            raise ValueError(f"{self.folder} does not say how its items were read: train it anew to add others")
+        adapter = {k.removeprefix("adapter."): v for k, v in self.tensors.items() if k.startswith("adapter.")}
+        ids = Ragged(*(self.tensors[name] for name in _IDS)).strings()
+        return ItemEncoder(
+            self.model, Recipe.from_dict(self.facts["recipe"]), ids, adapter=adapter, cache=cache_folder()
+        )
 
     @cached_property
     def result(self) -> Result:
@@ -245,6 +262,7 @@ def fit(
     Raises:
         ValueError: the folder holds a run (without ``resume``) or a run of something else (with it).
     """
+    from ..recommender.store.columns import ragged_strings
     from ..recommender.training import prepare_content, train
     from ..recommender.training.storage import remove, save_json, save_tensors
 
@@ -270,9 +288,12 @@ def fit(
         "epochs": len(trained.curves),
         "seconds": round(sum(row["seconds"] for row in trained.curves), 1),
         "load": trained.load,
+        "recipe": content.recipe.to_dict(),
     }
     tensors = {f"model.{name}": value for name, value in trained.model.state_dict().items()}
     tensors |= {"items.vectors": trained.items.vectors, "items.mass": trained.items.mass}
+    tensors |= {f"adapter.{name}": value for name, value in trained.adapter.items()}
+    tensors |= dict(zip(_IDS, ragged_strings(data.catalogue.item_ids), strict=True))
     save_json(folder / CURVES, {"epochs": trained.curves})
     save_tensors(folder, RUN, tensors, facts)
     remove(folder, "checkpoint")

@@ -17,6 +17,7 @@ from .runs import TrainedRun, open_run
 
 if TYPE_CHECKING:
     from ..recommender import OnlineRecommender, Plan, Reranker
+    from ..recommender.serving.upsert import Encode
 
 __all__ = ["TOKEN", "default_threads", "load_reranker", "serve_command"]
 
@@ -50,7 +51,9 @@ def serve_command(
     version = online.version
     say(f"{len(version)} items of {opened.label} in {version.meta.dtype}, version {version.number} of {folder}")
     logging.getLogger("mmrec").setLevel(logging.INFO)
-    serve(create_app(online, settings, image=image), host=host, port=port, access_log=access_log)
+    serve(
+        create_app(online, settings, image=image, encode=_encode(opened)), host=host, port=port, access_log=access_log
+    )
 
 
 def default_threads() -> int:
@@ -71,6 +74,15 @@ def _images(run: TrainedRun, data: Path | None, layout: str, store: Path) -> Cal
         write_store(run, catalogue, store, "float32")
     images = {item: path for item, path in zip(catalogue.item_ids, catalogue.images, strict=True) if path is not None}
     return images.get
+
+
+def _encode(run: TrainedRun) -> Encode | None:
+    """What makes rows of the store of items by column; the language model is loaded when that is first asked for."""
+    try:
+        return run.item_encoder().encode_items
+    except ValueError as error:
+        _LOG.warning("%s", error)
+        return None
 
 
 def _online(run: TrainedRun, store: Path, reranker: str | None, quantize: str) -> OnlineRecommender:

@@ -23,6 +23,10 @@ def index(
     run: Annotated[Path, typer.Option(metavar="RUN", help="Folder of a trained run.")],
     out: Annotated[Path, typer.Option(metavar="STORE", help="Folder of the store; a new version of it if it exists.")],
     dtype: Annotated[StoreDtype, typer.Option(help="How vectors are stored.")] = StoreDtype.float32,
+    items: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Other items than those of the data: items.*, images/, …")
+    ] = None,
+    update: Annotated[bool, typer.Option("--update", help="Put --items into the store that is there.")] = False,
     data: OptionalData = None,
     layout: Layout = "auto",
     json_file: JsonFile = None,
@@ -31,7 +35,9 @@ def index(
     """Write the items of a run into a store, from which requests are answered."""
     from .index import index_command
 
-    index_command(run=run, out=out, dtype=dtype.value, data=data, layout=layout, json_file=json_file)
+    index_command(
+        run=run, out=out, dtype=dtype.value, items=items, update=update, data=data, layout=layout, json_file=json_file
+    )
 
 
 @app.command()

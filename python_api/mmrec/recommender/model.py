@@ -68,8 +68,10 @@ class Recommender(nn.Module):
         return self.trained.device
 
     def encode(self, inputs: ItemInputs, items: Tensor) -> ItemOutput:
-        """The item tower on the rows `items` (int64 `[N]`), of which `inputs` holds the content, with gradients."""
-        output = self.item_tower(inputs, items, self.trained.index_select(0, items))
+        """The item tower on the rows `items` (int64 `[N]`), of which `inputs` holds the content, with gradients; −1 is
+        an item that is not in the catalogue, of which there is nothing but its content."""
+        rows = items.clamp(min=0)
+        output = self.item_tower(inputs, rows, self.trained.index_select(0, rows) & (items >= 0))
         if self.config.score == "cosine":
             output = output._replace(vectors=F.normalize(output.vectors, dim=1))
         return output

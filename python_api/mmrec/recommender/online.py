@@ -246,8 +246,7 @@ class OnlineRecommender:
 
     def _states(self, version: StoreVersion, rows: np.ndarray, offsets: np.ndarray, depth: int) -> Tensor:
         """The state after each history's last item, of its last `depth` items."""
-        ends = offsets[1:]
-        starts = np.maximum(offsets[:-1], ends - depth)
+        starts, ends = _windows(version, rows, offsets, depth)
         lengths = ends - starts
         if len(lengths) == 1:
             read = rows[starts[0] : ends[0]]
@@ -256,11 +255,8 @@ class OnlineRecommender:
                 np.repeat(starts - np.concatenate([[0], lengths[:-1].cumsum()]), lengths) + np.arange(lengths.sum())
             ]
         vectors = version.vectors(read)
-        told = version.known(read) | (version.mass(read).sum(1) > 0)
-        places = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
-        if not bool(torch.segment_reduce(told.float(), "max", offsets=places, initial=0).all()):
-            raise ValueError("histories: the model knows nothing about any item of one of them")
         device = self.model.device
+        places = torch.from_numpy(np.concatenate([[0], lengths.cumsum()]))
         index = torch.arange(len(read), device=device)
         return self.model.states(vectors.to(device), index, places.to(device), last=True).to(vectors.device)
 
@@ -285,6 +281,19 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - began
+
+
+def _windows(version: StoreVersion, rows: np.ndarray, offsets: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
+    """Where the last `depth` items of each history begin and end: up to its last item, unless the model knows nothing
+    about any of those; then up to the last of which it knows something."""
+    ends = offsets[1:]
+    told = np.concatenate([[0], (version.known(rows) | (version.mass(rows).sum(1) > 0)).numpy().cumsum()])
+    if (told[ends] == told[offsets[:-1]]).any():
+        raise ValueError("histories: the model knows nothing about any item of one of them")
+    silent = told[ends] == told[np.maximum(offsets[:-1], ends - depth)]
+    if silent.any():
+        ends = np.where(silent, np.searchsorted(told, told[ends]), ends)
+    return np.maximum(offsets[:-1], ends - depth), ends
 
 
 def _rows_of(

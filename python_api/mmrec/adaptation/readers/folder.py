@@ -81,6 +81,44 @@ def read(folder: Path) -> Catalogue:
     )
 
 
+def read_items(folder: Path, schema: TableSchema) -> Catalogue:
+    """The items of a folder, see :meth:`Catalogue.load_items`."""
+    path = _table_file(folder, "items") if folder.is_dir() else None
+    if path is None:
+        raise CatalogueError(f"{folder}: no items.csv, items.jsonl or items.parquet")
+    meta = _read_meta(folder / "catalogue.json")
+    frame = _read_side(path, "item_id")
+    return items_of(frame, schema, path.name, folder, quoted=meta.get("format") is not None)
+
+
+def items_of(
+    frame: pl.DataFrame, schema: TableSchema, where: str, folder: Path | None = None, *, quoted: bool = False
+) -> Catalogue:
+    """A table's items in its own order, with the images and features of ``folder``."""
+    import polars as pl
+
+    if "item_id" not in frame.columns:
+        raise CatalogueError(f"{where}: missing column(s) ['item_id']; found {frame.columns}")
+    ids = _id_values(frame, "item_id", where)
+    absent = [column for column in schema.columns if column not in frame.columns]
+    frame = frame.with_columns([pl.lit(None, dtype=pl.String).alias(column) for column in absent])
+    items = normalise_table(frame, schema, ids=ids, id_column="item_id", where=where)
+    notes: list[str] = []
+    images = [] if folder is None else _images(folder, ids, items, schema, quoted=quoted, notes=notes)
+    empty = np.empty(0, np.int32)
+    return Catalogue(
+        name=where if folder is None else folder.resolve().name,
+        item_ids=ids,
+        user_ids=[],
+        interactions=Interactions.from_rows(empty, empty),
+        items=items,
+        schema=schema,
+        images=images,
+        features={} if folder is None else _features(folder / "features", len(ids)),
+        notes=tuple(notes),
+    )
+
+
 def _read_meta(path: Path) -> dict[str, Any]:
     meta = _files.read_json(path) if path.is_file() else {}
     if not isinstance(meta, dict) or set(meta) - _META_KEYS:

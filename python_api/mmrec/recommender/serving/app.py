@@ -26,7 +26,7 @@ from .batching import Answered, Batcher
 from .limits import BodyLimit
 from .metrics import CONTENT_TYPE, Metrics
 from .schemas import Error, FoundItems, Health, ItemsIn, ItemsOut, RecommendIn, RecommendOut
-from .upsert import item_rows
+from .upsert import Encode, item_rows
 
 __all__ = ["Settings", "create_app"]
 
@@ -66,7 +66,11 @@ class Settings:
 
 
 def create_app(
-    online: OnlineRecommender, settings: Settings | None = None, *, image: Callable[[str], Path | None] | None = None
+    online: OnlineRecommender,
+    settings: Settings | None = None,
+    *,
+    image: Callable[[str], Path | None] | None = None,
+    encode: Encode | None = None,
 ) -> FastAPI:
     """An ASGI application over `online`, whose store other processes may write to meanwhile.
 
@@ -74,9 +78,10 @@ def create_app(
         online: answers; with `costs`, requests may state a budget.
         settings: None for the defaults.
         image: item id → file of its image, or None where it has none, for the page.
+        encode: items by column → rows of the store: without it `POST /items` takes vectors only.
     """
     settings = settings or Settings()
-    server = _Server(online, settings)
+    server = _Server(online, settings, encode)
     app = FastAPI(
         title="mmrec", lifespan=server.lifespan, telemetry=None, responses=_responses(400, 413, 422), version="1",
         description="Multimodal recommendations within a budget of milliseconds.",
@@ -139,8 +144,8 @@ def create_app(
 class _Server:
     """What the routes share."""
 
-    def __init__(self, online: OnlineRecommender, settings: Settings) -> None:
-        self.online, self.settings = online, settings
+    def __init__(self, online: OnlineRecommender, settings: Settings, encode: Encode | None) -> None:
+        self.online, self.settings, self.encode = online, settings, encode
         self.batcher: Batcher | None = None
         self._writing = asyncio.Lock()
         self.metrics = Metrics(
@@ -223,10 +228,10 @@ class _Server:
 
     async def _upsert(self, body: ItemsIn) -> Response:
         def write() -> tuple[int, int]:
-            # The newest version, not the one that is served: another process may have written since.
             with self.online.store.writer(timeout=1.0) as writer:
+                # The newest version, not the one that is served: another process may have written since.
                 now = self.online.store.current()
-                rows = item_rows(body.items, now)
+                rows = item_rows(body.items, now, self.encode)
                 return writer.upsert(rows), int((now.rows(rows.ids) < 0).sum())
 
         async with self._writing:

@@ -8,11 +8,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
 __all__ = ["Error", "FoundItems", "Health", "ItemsIn", "ItemsOut", "RecommendIn", "RecommendOut"]
 
-MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS = 512, 4096, 1000, 1000, 4096
+MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS, MAX_TEXT = 512, 4096, 1000, 1000, 4096, 65536
 
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="id of an item")]
 # JSON has one kind of number, and 3.0 is an integer there.
 Whole = Annotated[int, BeforeValidator(lambda given: int(given) if _is_whole(given) else given)]
+Value = Annotated[str, Field(max_length=MAX_TEXT)] | float | list[Annotated[str, Field(max_length=MAX_TITLE)]] | None
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
@@ -78,6 +79,9 @@ class ItemIn(_In):
     """An item to put in: all of it for a new one; of one that is there, what is not given stays."""
 
     id: ItemId
+    content: dict[str, Value] | None = Field(
+        None, max_length=256, description="by column of the catalogue: all of it, of which the model makes the vector"
+    )
     vector: list[Annotated[float, Field(allow_inf_nan=False)]] | None = Field(None, max_length=1 << 16)
     mass: dict[str, Share] | None = Field(None, description="share of attention of each modality")
     known: bool | None = Field(None, description="training interacted with it")

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -15,15 +15,18 @@ from ..store import ItemRows, StoreVersion
 if TYPE_CHECKING:
     from .schemas import ItemIn
 
-__all__ = ["item_rows"]
+__all__ = ["Encode", "item_rows"]
+
+# Items by column, with "item_id", as the model reads them.
+Encode = Callable[[Sequence[Mapping[str, Any]]], ItemRows]
 
 
-def item_rows(items: Sequence[ItemIn], version: StoreVersion) -> ItemRows:
+def item_rows(items: Sequence[ItemIn], version: StoreVersion, encode: Encode | None = None) -> ItemRows:
     """All of each item: what was given, and else what it has in `version`.
 
     Raises:
-        ValueError: an id twice, a vector of another width, a modality that the store does not have, or a new item
-            without vector or mass.
+        ValueError: an id twice, a vector of another width, a modality that the store does not have, content that does
+            not fit or nobody encodes, or a new item without content, and without vector or mass.
     """
     ids = [item.id for item in items]
     if len(set(ids)) != len(ids):
@@ -40,9 +43,16 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion) -> ItemRows:
     known[places], content[places] = version.known(rows[old]), version.content(rows[old])
     for place, title in zip(places.tolist(), version.titles(rows[old]), strict=True):
         titles[place] = title
+    encoded = [n for n, item in enumerate(items) if item.content is not None]
+    if encoded:
+        made = _encoded(items, encoded, encode)
+        vectors[encoded], mass[encoded], content[encoded] = made.vectors.float(), made.mass.float(), made.content
+        known[encoded] = made.known
+        for n, title in zip(encoded, made.titles, strict=True):
+            titles[n] = title
     for n, item in enumerate(items):
         where = f"items.{n}"
-        if not old[n] and (item.vector is None or item.mass is None):
+        if item.content is None and not old[n] and (item.vector is None or item.mass is None):
             missing = "vector" if item.vector is None else "mass"
             raise ValueError(f"{where}.{missing}: a new item needs one, and {item.id!r} is new")
         if item.vector is not None:
@@ -62,6 +72,18 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion) -> ItemRows:
         titles[n] = titles[n] if item.title is None else item.title
     tokens = {name: _kept(version, name, rows) for name in version.meta.tokens}
     return ItemRows(ids, vectors, mass, known, content, titles, tokens)
+
+
+def _encoded(items: Sequence[ItemIn], which: list[int], encode: Encode | None) -> ItemRows:
+    for n in which:
+        if encode is None:
+            raise ValueError(f"items.{n}.content: this server has no model of items; give vector and mass")
+        if items[n].vector is not None or items[n].mass is not None:
+            raise ValueError(f"items.{n}: content makes vector and mass; give it or them")
+        if "item_id" in (items[n].content or {}):
+            raise ValueError(f"items.{n}.content: the id stands beside it, not in it")
+    assert encode is not None
+    return encode([{"item_id": items[n].id, **(items[n].content or {})} for n in which])
 
 
 def _kept(version: StoreVersion, modality: str, rows: np.ndarray) -> Tokens:

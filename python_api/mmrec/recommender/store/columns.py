@@ -201,7 +201,7 @@ def encode(items: ItemRows, meta: Meta) -> Columns:
         # The reciprocal of a smaller one than this is not finite.
         scales = torch.where(scales > torch.finfo(torch.float32).tiny, scales, 1.0)
         fixed |= {"vectors": (vectors / scales.unsqueeze(1)).round().to(torch.int8), "scales": scales}
-    ragged = {"id": _utf8(items.ids), "title": _utf8(items.titles)}
+    ragged = {"id": ragged_strings(items.ids), "title": ragged_strings(items.titles)}
     for name, tokens in items.tokens.items():
         values, offsets, kind = (t.detach().cpu() for t in tokens)
         ragged[f"tokens.{name}"] = Ragged(values.to(torch.bfloat16), offsets)
@@ -221,7 +221,8 @@ def _check_tokens(name: str, tokens: Tokens, n: int) -> None:
         )
 
 
-def _utf8(texts: Sequence[str]) -> Ragged:
+def ragged_strings(texts: Sequence[str]) -> Ragged:
+    """Their UTF-8 bytes."""
     data = [text.encode(*UTF8) for text in texts]
     offsets = torch.zeros(len(data) + 1, dtype=torch.int64)
     torch.cumsum(torch.tensor([len(one) for one in data], dtype=torch.int64), 0, out=offsets[1:])

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,24 +16,60 @@ from ..config import RecommenderConfig
 from ..inputs import ItemInputs, TableSpec
 
 if TYPE_CHECKING:
-    from ...adaptation import Catalogue
+    from ...adaptation import Catalogue, TableFit, TableSchema
     from ...llm import Backbone
 
-__all__ = ["Content", "prepare_content", "text_fields"]
+__all__ = ["Content", "Recipe", "prepare_content", "text_fields"]
 
-TABLE_FIELD = "table"
+TABLE_FIELD = "table columns"
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What else than the config decides how items are read: other items are to be read as those of the training.
+
+    Attributes:
+        schema: of the catalogue.
+        fields: names of the text fields, in the order of their slots.
+        table: means, deviations and vocabularies; None without a table.
+    """
+
+    schema: TableSchema
+    fields: tuple[str, ...] = ()
+    table: TableFit | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON values."""
+        table = None if self.table is None else self.table.to_dict()
+        return {"schema": self.schema.to_dict(), "fields": list(self.fields), "table": table}
+
+    @classmethod
+    def from_dict(cls, value: Mapping[str, Any]) -> Recipe:
+        """The inverse of `to_dict`."""
+        from ...adaptation import TableFit, TableSchema
+
+        table = None if value["table"] is None else TableFit.from_dict(value["table"])
+        return cls(TableSchema.from_dict(value["schema"]), tuple(value["fields"]), table)
 
 
 @dataclass(frozen=True)
 class Content:
-    """The items' content, and the language model where its adapter is to be trained (else it has done its work)."""
+    """The items' content, how it was read, and the language model where its adapter is to be trained (else it has done
+    its work)."""
 
     inputs: ItemInputs
+    recipe: Recipe
     backbone: Backbone | None = None
 
 
 def prepare_content(
-    catalogue: Catalogue, config: RecommenderConfig, trained: np.ndarray, *, cache: Path | None = None
+    catalogue: Catalogue,
+    config: RecommenderConfig,
+    trained: np.ndarray,
+    *,
+    cache: Path | None = None,
+    recipe: Recipe | None = None,
+    backbone: Backbone | None = None,
 ) -> Content:
     """Reads the config's modalities of every item.
 
@@ -44,20 +80,27 @@ def prepare_content(
     Args:
         trained: bool ``[I]``, the items that training may look at.
         cache: folder of an :class:`.EmbeddingCache`.
+        recipe: by which to read them, of the catalogue that was trained on; None makes one.
+        backbone: what encodes texts; None loads the config's.
 
     Raises:
         ValueError: a modality that the catalogue does not have, a broken image, a backbone that cannot be loaded.
     """
     tokens: dict[str, Tokens] = {}
     kinds: dict[str, int] = {}
-    table, table_spec, texts, backbone = None, None, None, None
+    table, table_spec, texts = None, None, None
+    made = Recipe(catalogue.schema) if recipe is None else recipe
     for name in config.content:
         if name == "text":
-            tokens[name], texts, kinds[name], backbone = _text(catalogue, config, cache)
+            fields = text_fields(catalogue, None if recipe is None else recipe.fields)
+            made = replace(made, fields=tuple(field[0] for field in fields))
+            backbone = load_backbone(config) if backbone is None else backbone
+            tokens[name], texts, kinds[name] = _text(catalogue, config, fields, backbone, cache)
         elif name == "image":
             tokens[name], kinds[name] = _images(catalogue, config)
         elif name == "table":
-            table, table_spec = _table(catalogue, trained)
+            table, table_spec, fit = _table(catalogue, trained, made.table)
+            made = replace(made, table=fit)
         elif name in catalogue.features:
             tokens[name], kinds[name] = _vectors(catalogue.features[name].values, catalogue.features[name].mask), 1
         else:
@@ -65,40 +108,54 @@ def prepare_content(
                 f"modality {name!r} is not in {catalogue.name!r}; it has {sorted(catalogue.features)} as features"
             )
     inputs = ItemInputs(catalogue.num_items, tokens, table, table_spec, texts, kinds)
-    return Content(inputs, backbone if config.tune_backbone else None)
+    return Content(inputs, made, backbone if config.tune_backbone else None)
 
 
-def text_fields(catalogue: Catalogue) -> list[tuple[str, list[str], np.ndarray]]:
-    """``(name, texts, mask)`` per field: every text column on its own, then all other columns as "column: value"."""
+def load_backbone(config: RecommenderConfig) -> Backbone:
+    """The language model of a config, with a fresh adapter."""
+    from ...llm import Backbone
+
+    return Backbone.load(
+        config.backbone, quantize=config.quantize, lora=config.lora_rank or None, max_length=config.text_max_length
+    )
+
+
+def text_fields(catalogue: Catalogue, names: Sequence[str] | None = None) -> list[tuple[str, list[str], np.ndarray]]:
+    """``(name, texts, mask)`` per field: every text column on its own, then all other columns as "column: value".
+
+    ``names``: these, in this order, whatever they hold; None: those that hold anything.
+    """
     from ...adaptation import TextTemplate, item_texts
 
     schema = catalogue.schema
-    fields = [(column, *item_texts(catalogue, template=TextTemplate(columns=(column,)))) for column in schema.text]
+    templates: dict[str, TextTemplate | str] = {column: TextTemplate(columns=(column,)) for column in schema.text}
     if schema.categorical or schema.multi or schema.numeric:
-        fields.append((TABLE_FIELD, *item_texts(catalogue, template="table")))
-    return [field for field in fields if field[2].any()]
+        templates[TABLE_FIELD] = "table"
+    wanted = templates if names is None else names
+    fields = [(name, *item_texts(catalogue, template=templates[name])) for name in wanted]
+    return [field for field in fields if names is not None or field[2].any()]
 
 
 def _text(
-    catalogue: Catalogue, config: RecommenderConfig, cache: Path | None
-) -> tuple[Tokens, tuple[str, ...] | None, int, Backbone]:
-    from ...llm import Backbone, EmbeddingCache
+    catalogue: Catalogue,
+    config: RecommenderConfig,
+    fields: list[tuple[str, list[str], np.ndarray]],
+    backbone: Backbone,
+    cache: Path | None,
+) -> tuple[Tokens, tuple[str, ...] | None, int]:
+    from ...llm import EmbeddingCache
 
-    fields = text_fields(catalogue)
     if not fields:
         raise ValueError(f"modality 'text': {catalogue.name!r} has no text")
-    backbone = Backbone.load(
-        config.backbone, quantize=config.quantize, lora=config.lora_rank or None, max_length=config.text_max_length
-    )
     settings: dict[str, Any] = {} if cache is None else {"cache": EmbeddingCache(cache)}
     if config.text_level == "tokens":
-        return _token_text(catalogue, config, backbone, settings), None, 1, backbone
+        return _token_text(catalogue, config, backbone, settings), None, 1
     present = np.stack([mask for _, _, mask in fields], axis=1)
     item, kind = np.nonzero(present)
     texts = tuple(fields[k][1][i] for i, k in zip(item, kind, strict=True))
     pooled = backbone.encode(texts, **settings).pooled
     assert pooled is not None
-    return Tokens(pooled.float(), _offsets(present.sum(1)), torch.from_numpy(kind)), texts, len(fields), backbone
+    return Tokens(pooled.float(), _offsets(present.sum(1)), torch.from_numpy(kind)), texts, len(fields)
 
 
 def _token_text(
@@ -127,10 +184,10 @@ def _images(catalogue: Catalogue, config: RecommenderConfig) -> tuple[Tokens, in
     return Tokens(values, _offsets(found.mask * per_image), kind), per_image
 
 
-def _table(catalogue: Catalogue, trained: np.ndarray) -> tuple[TableInputs, TableSpec]:
+def _table(catalogue: Catalogue, trained: np.ndarray, fit: TableFit | None) -> tuple[TableInputs, TableSpec, TableFit]:
     from ...adaptation import encode_table
 
-    arrays = encode_table(catalogue, fit_items=trained)
+    arrays = encode_table(catalogue, fit_items=trained) if fit is None else encode_table(catalogue, fit=fit)
     bags = tuple((torch.from_numpy(c.offsets), torch.from_numpy(c.values)) for c in arrays.multi.values())
     inputs = TableInputs(
         torch.from_numpy(arrays.numeric),
@@ -143,7 +200,7 @@ def _table(catalogue: Catalogue, trained: np.ndarray) -> tuple[TableInputs, Tabl
     # A column without any value among the trained items has nothing to embed, but an embedding needs a row.
     sizes = tuple(max(1, size) for size in arrays.cardinalities)
     spec = TableSpec(arrays.numeric.shape[1], sizes, tuple(max(1, c.cardinality) for c in arrays.multi.values()))
-    return inputs, spec
+    return inputs, spec, arrays.fit
 
 
 def _vectors(values: np.ndarray, mask: np.ndarray) -> Tokens:

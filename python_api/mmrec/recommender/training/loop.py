@@ -9,7 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +45,7 @@ class Trained:
         curves: per epoch ``epoch``, ``loss``, ``alignment``, ``router``, ``valid`` (NDCG@10), ``seconds``.
         best_epoch: the epoch, from 1, whose weights these are.
         load: tokens per content modality and expert in the last epoch, or None.
+        adapter: of the language model, where it was trained.
     """
 
     model: Recommender
@@ -52,6 +53,7 @@ class Trained:
     curves: list[dict[str, float]]
     best_epoch: int
     load: list[list[float]] | None
+    adapter: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 Progress = Callable[[int, int, float, str], None]
@@ -133,7 +135,8 @@ class _Loop:
         if state.backbone is not None:
             inputs = self._with_best_text()
         items = state.model.eval().item_vectors(inputs)
-        return Trained(state.model, items, state.curves, state.best_epoch, state.load)
+        adapter = {} if state.backbone is None else state.backbone.adapter_state_dict()
+        return Trained(state.model, items, state.curves, state.best_epoch, state.load, adapter)
 
     def _save(self) -> None:
         self.state.save(self.folder, self.identity)
