@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .console import say, status, write_json
 from .data import load_catalogue
 from .runs import TrainedRun, open_run
+from .sharded import build_with_ray, build_with_torchrun, under_torchrun
 
 if TYPE_CHECKING:
     from ..adaptation import Catalogue
@@ -22,15 +23,22 @@ _PART = 1 << 16
 
 
 def index_command(
-    *, run: Path, out: Path, dtype: str, items: Path | None, update: bool, data: Path | None, layout: str,
-    json_file: Path | None,
+    *, run: Path, out: Path, dtype: str, items: Path | None, update: bool, engine: str, workers: int | None,
+    data: Path | None, layout: str, json_file: Path | None,
 ) -> None:  # fmt: skip
     """See ``mmrec index --help``."""
     began = time.perf_counter()
     opened = open_run(run)
-    if update and items is None:
-        raise ValueError("--update needs --items, the folder of what is new")
-    if items is not None:
+    several = engine == "ray" or under_torchrun()
+    if items is None and (update or several):
+        raise ValueError(f"{'--update' if update else 'building in shards'} needs --items, a folder of items to encode")
+    if update and several:
+        raise ValueError("--update adds to a store in one process; without --engine and torchrun")
+    if items is not None and several:
+        if not _build(opened, items, out, dtype, engine, workers):
+            return  # another rank tells of it
+        version = _current(out)
+    elif items is not None:
         version = _write_items(opened, items, out, dtype, update)
     else:
         catalogue, fingerprint = load_catalogue(opened.data if data is None else data, layout)
@@ -47,6 +55,20 @@ def index_command(
         f"{size / 2**20:.1f} MiB"
     )
     write_json(json_file, content)
+
+
+def _build(run: TrainedRun, items: Path, folder: Path, dtype: str, engine: str, workers: int | None) -> bool:
+    encoder, meta = run.item_encoder(), meta_of(run, dtype)
+    if engine == "ray":
+        build_with_ray(run, items, folder, meta, encoder, workers)
+        return True
+    return build_with_torchrun(run, items, folder, meta, encoder)
+
+
+def _current(folder: Path) -> StoreVersion:
+    from ..recommender.store import ItemStore
+
+    return ItemStore(folder).current()
 
 
 def _write_items(run: TrainedRun, items: Path, folder: Path, dtype: str, update: bool) -> StoreVersion:

@@ -39,6 +39,13 @@ class StoreDtype(str, Enum):
     int8 = "int8"
 
 
+class Engine(str, Enum):
+    """Who encodes items."""
+
+    local = "local"
+    ray = "ray"
+
+
 class Mask(str, Enum):
     """Which seen items are left out of rankings."""
 

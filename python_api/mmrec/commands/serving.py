@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Device, JsonFile, Layout, OptionalData, Quantize, Quantized, Stage, StoreDtype
+from .options import Debug, Device, Engine, JsonFile, Layout, OptionalData, Quantize, Quantized, Stage, StoreDtype
 
 __all__ = ["app"]
 
@@ -27,6 +27,11 @@ def index(
         Path | None, typer.Option(metavar="FOLDER", help="Other items than those of the data: items.*, images/, …")
     ] = None,
     update: Annotated[bool, typer.Option("--update", help="Put --items into the store that is there.")] = False,
+    engine: Annotated[
+        Engine,
+        typer.Option(help="What encodes --items: this process (under torchrun all ranks), or a Ray Data job."),
+    ] = Engine.local,
+    workers: Annotated[int | None, typer.Option(min=1, help="Most actors of Ray; default: one per CPU.")] = None,
     data: OptionalData = None,
     layout: Layout = "auto",
     json_file: JsonFile = None,
@@ -36,8 +41,9 @@ def index(
     from .index import index_command
 
     index_command(
-        run=run, out=out, dtype=dtype.value, items=items, update=update, data=data, layout=layout, json_file=json_file
-    )
+        run=run, out=out, dtype=dtype.value, items=items, update=update, engine=engine.value,
+        workers=workers, data=data, layout=layout, json_file=json_file,
+    )  # fmt: skip
 
 
 @app.command()

@@ -58,10 +58,14 @@ class ItemEncoder:
         Raises:
             ValueError: another schema, a broken image, or feature vectors of another width.
         """
+        for start in range(0, max(catalogue.num_items, 1), _PART):
+            yield self.encode_part(catalogue, start, min(start + _PART, catalogue.num_items))
+
+    def encode_part(self, catalogue: Catalogue, start: int, stop: int) -> ItemRows:
+        """Items `start` … `stop − 1` of a catalogue, see `encode`; all at once."""
         if catalogue.schema != self.recipe.schema:
             raise ValueError("catalogue must have the schema that the model was trained with")
-        for start in range(0, catalogue.num_items, _PART):
-            yield self._rows(catalogue.items_part(start, min(start + _PART, catalogue.num_items)))
+        return self._rows(catalogue.items_part(start, stop))
 
     def encode_items(self, items: Sequence[Mapping[str, Any]]) -> ItemRows:
         """Items as dicts, see `Catalogue.from_items`; all at once."""

@@ -4,6 +4,16 @@ from .columns import DTYPES, ItemRows, Meta
 from .manifest import StoreError
 from .snapshot import StoreVersion
 from .store import ItemStore, StoreBusyError
-from .writer import StoreWriter
+from .writer import StoreWriter, write_part
 
-__all__ = ["DTYPES", "ItemRows", "ItemStore", "Meta", "StoreBusyError", "StoreError", "StoreVersion", "StoreWriter"]
+__all__ = [
+    "DTYPES",
+    "ItemRows",
+    "ItemStore",
+    "Meta",
+    "StoreBusyError",
+    "StoreError",
+    "StoreVersion",
+    "StoreWriter",
+    "write_part",
+]

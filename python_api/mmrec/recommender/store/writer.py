@@ -6,7 +6,7 @@ import functools
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -29,13 +29,19 @@ from .manifest import (
 from .snapshot import hash_ids, latest
 from .store import INDEX_HASH, INDEX_ROW, PATCH_ROWS, ItemStore
 
-__all__ = ["StoreWriter"]
+__all__ = ["StoreWriter", "write_part"]
 
 _LOG = logging.getLogger(__name__)
 _KEPT = 3  # versions
 # A base is written anew when so many items, and this share of all, lie in patches: each costs readers a page.
 _MOST_PATCHED, _MOST_PATCHED_SHARE = 4096, 0.01
 _PART = 1 << 16  # items at a time
+
+
+def write_part(path: Path, items: ItemRows, meta: Meta) -> None:
+    """Items in a file that `StoreWriter.join` takes, whole or not at all: for stores that several processes build."""
+    with replacing(path) as temporary:
+        write_file(temporary, whole(encode(items, meta).tensors()))
 
 
 class StoreWriter:
@@ -57,6 +63,16 @@ class StoreWriter:
             OSError: the disk is full, say; what was there before stays.
         """
         return self._write_base(meta, (encode(part, meta) for part in parts))
+
+    def join(self, meta: Meta, files: Sequence[Path]) -> int:
+        """A new version of the items in `files`, which `write_part` wrote for `meta`, and no others, rows in their
+        order; its number. They are mapped, never in memory.
+
+        Raises:
+            ValueError: an id twice, or no file.
+            OSError: the disk is full, say; what was there before stays.
+        """
+        return self._join(meta, [Columns.from_tensors(map_file(file)) for file in files])
 
     def upsert(self, items: ItemRows) -> int:
         """A new version in which `items` replace those of the same ids, and come behind the others where there is none;
@@ -97,7 +113,6 @@ class StoreWriter:
         return self._write_base(now.meta, map(now.columns, torch.arange(now.num_items).split(_PART)))
 
     def _write_base(self, meta: Meta, parts: Iterable[Columns]) -> int:
-        number = self._next()
         # A file says first how long each column is: parts wait on the disk, mapped, until all have come.
         with tempfile.TemporaryDirectory(prefix=TEMP_PREFIX, dir=self.folder) as waiting:
             mapped = []
@@ -105,10 +120,13 @@ class StoreWriter:
                 path = Path(waiting) / str(n)
                 write_file(path, whole(part.tensors()))
                 mapped.append(Columns.from_tensors(map_file(path)))
-            if not mapped:
-                raise ValueError("parts: a store needs at least one, which may be empty")
-            num_items = sum(map(len, mapped))
-            file = self._write(f"base-{number:08d}.safetensors", num_items, {**_joined(mapped), **_index(mapped)})
+            return self._join(meta, mapped)
+
+    def _join(self, meta: Meta, parts: list[Columns]) -> int:
+        if not parts:
+            raise ValueError("parts: a store needs at least one, which may be empty")
+        number, num_items = self._next(), sum(map(len, parts))
+        file = self._write(f"base-{number:08d}.safetensors", num_items, {**_joined(parts), **_index(parts)})
         self._publish(Manifest(number, meta, num_items, (file,)))
         return number
 

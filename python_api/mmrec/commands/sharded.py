@@ -1,0 +1,175 @@
+"""A store that several processes build: ranks of ``torchrun`` on one machine, or tasks of a Ray Data job over many.
+
+Each encodes some of the items and writes them as parts into a folder beside the store; one then joins the parts, in the
+order of the items. The folder, the run and the items must be where all of them can read and write.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .runs import TrainedRun, open_run
+
+if TYPE_CHECKING:
+    from ..adaptation import Catalogue
+    from ..recommender.encoder import ItemEncoder
+    from ..recommender.store import Meta
+
+__all__ = ["build_with_ray", "build_with_torchrun", "under_torchrun"]
+
+# Parts per worker, so that all end at about the same time; and items of a part at most, which are in memory at once.
+_PARTS, _MOST = 4, 4096
+
+
+def under_torchrun() -> bool:
+    """Whether this process is one of several that ``torchrun`` started."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def build_with_torchrun(run: TrainedRun, items: Path, folder: Path, meta: Meta, encoder: ItemEncoder) -> bool:
+    """Encodes this rank's items; rank 0 joins what all ranks wrote. Whether this is rank 0.
+
+    Raises:
+        RuntimeError: on all ranks, where one failed; nothing was written then.
+    """
+    import torch
+    from torch import distributed
+
+    distributed.init_process_group("gloo")
+    try:
+        rank, world = distributed.get_rank(), distributed.get_world_size()
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        parts = _parts_folder(folder)
+        with ExitStack() as stack:
+            if rank == 0:
+                stack.callback(shutil.rmtree, parts, ignore_errors=True)
+                shutil.rmtree(parts, ignore_errors=True)
+                parts.mkdir(parents=True)
+            distributed.barrier()
+            error = _attempt(lambda: _write_share(encoder, _catalogue(items, encoder), parts, meta, rank, world))
+            _agree(error)
+            if rank == 0:
+                error = _attempt(lambda: _join(folder, meta, parts))
+            _agree(error)
+        return rank == 0
+    finally:
+        distributed.destroy_process_group()
+
+
+def _attempt(work: Callable[[], object]) -> Exception | None:
+    try:
+        work()
+    except Exception as error:  # the others wait: they have to hear of it
+        return error
+    return None
+
+
+def _agree(error: Exception | None) -> None:
+    """Goes on where all ranks do."""
+    from torch import distributed
+
+    told: list[str | None] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(told, None if error is None else f"{type(error).__name__}: {error}")
+    if error is not None:
+        raise error
+    for rank, failure in enumerate(told):
+        if failure is not None:
+            raise RuntimeError(f"rank {rank} failed ({failure}): nothing was written")
+
+
+def _write_share(encoder: ItemEncoder, catalogue: Catalogue, parts: Path, meta: Meta, rank: int, world: int) -> None:
+    for start, stop in _ranges(catalogue.num_items, world)[rank::world]:
+        _write(encoder, catalogue, parts, meta, start, stop)
+
+
+def _ranges(items: int, workers: int) -> list[tuple[int, int]]:
+    """Half-open ranges of items; one that is empty where there are none."""
+    size = max(1, min(_MOST, -(-items // (_PARTS * workers))))
+    return [(start, min(start + size, items)) for start in range(0, max(items, 1), size)]
+
+
+def _write(encoder: ItemEncoder, catalogue: Catalogue, parts: Path, meta: Meta, start: int, stop: int) -> Path:
+    from ..recommender.store import write_part
+
+    path = parts / f"{start:012d}.safetensors"
+    write_part(path, encoder.encode_part(catalogue, start, stop), meta)
+    return path
+
+
+def _join(folder: Path, meta: Meta, parts: Path) -> None:
+    from ..recommender.store import ItemStore
+
+    with ItemStore(folder).writer() as writer:
+        writer.join(meta, sorted(parts.glob("*.safetensors")))
+
+
+def _parts_folder(folder: Path) -> Path:
+    """Beside the store, which removes what it does not know."""
+    return folder.with_name(folder.name + ".parts")
+
+
+def _catalogue(items: Path, encoder: ItemEncoder) -> Catalogue:
+    from ..adaptation import Catalogue
+
+    return Catalogue.load_items(items, encoder.recipe.schema)
+
+
+class _Encoding:
+    """What a Ray actor keeps: the run and the items, read once."""
+
+    def __init__(self, run: str, items: str, parts: str, meta: Meta) -> None:
+        self.encoder = open_run(run).item_encoder()
+        self.catalogue = _catalogue(Path(items), self.encoder)
+        self.parts, self.meta = Path(parts), meta
+
+    def __call__(self, batch: dict[str, Sequence[int]]) -> dict[str, list[str]]:
+        ranges = zip(map(int, batch["start"]), map(int, batch["stop"]), strict=True)
+        written = [_write(self.encoder, self.catalogue, self.parts, self.meta, *part) for part in ranges]
+        return {"part": [str(path) for path in written]}
+
+
+def build_with_ray(
+    run: TrainedRun, items: Path, folder: Path, meta: Meta, encoder: ItemEncoder, workers: int | None
+) -> None:
+    """A Ray Data job over the items, on the cluster that ``RAY_ADDRESS`` names or else on this machine.
+
+    Args:
+        workers: most actors at a time; None: as many as the cluster has CPUs.
+
+    Raises:
+        ImportError: Ray is not installed.
+    """
+    try:
+        import ray
+    except ModuleNotFoundError as error:
+        raise ImportError("--engine ray needs Ray Data: pip install mmrec-kernels[ray]") from error
+    count = _catalogue(items, encoder).num_items
+    parts = _parts_folder(folder)
+    shutil.rmtree(parts, ignore_errors=True)
+    parts.mkdir(parents=True)
+    started = not ray.is_initialized()
+    try:
+        if started:
+            ray.init(log_to_driver=False, include_dashboard=False, logging_level=logging.ERROR)
+        ray.data.DataContext.get_current().enable_progress_bars = False
+        most = workers or max(1, int(ray.cluster_resources().get("CPU", 1)))
+        ranges = _ranges(count, most)
+        rows = [{"start": start, "stop": stop} for start, stop in ranges]
+        job = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+            _Encoding, batch_size=1, concurrency=(1, min(most, len(rows))), num_cpus=1,
+            fn_constructor_args=(str(run.folder.absolute()), str(items.absolute()), str(parts.absolute()), meta),
+        )  # fmt: skip
+        written = {row["part"] for row in job.take_all()}
+        if len(written) != len(ranges):
+            raise RuntimeError(f"{len(written)} of {len(ranges)} parts were written: nothing is indexed")
+        _join(folder, meta, parts)
+    finally:
+        shutil.rmtree(parts, ignore_errors=True)
+        if started:
+            ray.shutdown()
