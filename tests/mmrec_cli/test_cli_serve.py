@@ -87,6 +87,11 @@ def test_a_run_is_served(mmrec: Mmrec, run: Path, tmp_path: Path) -> None:
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) in (0, -signal.SIGTERM)
     written = costs.read_text()
+    with serving("--run", run, "--ann", "hnsw") as (address, _):
+        health = call(address, "/health")[1]
+        assert health["ann"] == "hnsw" and health["recall"] > 0.9
+        status, found = call(address, "/recommend", {"history": history, "k": 8})
+        assert status == 200 and len({one["id"] for one in found["items"]} & {one["item"] for one in wanted}) >= 7
     with serving("--run", run, "--costs", costs, "--read-only") as (address, _):  # the store and the costs are there
         assert call(address, "/health")[1]["version"] == 2 and call(address, "/health")[1]["budgets"]
         assert call(address, "/items", {"items": [new]})[0] == 405

@@ -19,7 +19,7 @@ _WARM_UP_RATE, _WARM_UP_SECONDS = 100.0, 3.0
 
 def bench_serving_command(
     *, items: Sequence[int], dtypes: Sequence[str], batches: Sequence[int], history: int, k: int,
-    threads: int | None, rate: float | None, seconds: float, json_file: Path | None, json_dir: Path | None,
+    threads: int | None, ann: str | None, rate: float | None, seconds: float, json_file: Path | None, json_dir: Path | None,
 ) -> None:  # fmt: skip
     """See ``mmrec bench-serving --help``."""
     import torch
@@ -38,11 +38,11 @@ def bench_serving_command(
     content: dict[str, Any] = {"command": "bench-serving", "environment": rows.environment("cpu"), "rows": []}
     for count, dtype in itertools.product(items, dtypes):
         if rate is not None:
-            content["rows"].append(_under_load(count, dtype, history, k, threads, rate, seconds))
+            content["rows"].append(_under_load(count, dtype, history, k, threads, ann, rate, seconds))
             continue
         with contextlib.ExitStack() as stack:
             with status(f"making a store of {count} items in {dtype}"):
-                online = stack.enter_context(generated(count, dtype, history=history))
+                online = stack.enter_context(generated(count, dtype, history=history, ann=ann))
             for batch in batches:
                 with status(f"{count} items in {dtype}, {batch} at a time"):
                     found = [asdict(row) for row in measure(online, Load(history, batch, k), seconds=seconds)]
@@ -52,7 +52,7 @@ def bench_serving_command(
 
 
 def _under_load(
-    items: int, dtype: str, history: int, k: int, threads: int | None, rate: float, seconds: float
+    items: int, dtype: str, history: int, k: int, threads: int | None, ann: str | None, rate: float, seconds: float
 ) -> dict[str, Any]:
     """One row: a server in another process, asked at a given rate."""
     from ..recommender.serving import load
@@ -62,12 +62,13 @@ def _under_load(
     bodies = load.random_bodies(items, history, k)
     with contextlib.ExitStack() as stack:
         with status(f"starting a server over {items} items in {dtype}"):
-            made = load.generated_server(items, dtype, history=history, threads=threads)
+            made = load.generated_server(items, dtype, history=history, threads=threads, ann=ann)
             port, process = stack.enter_context(made)
             load.load(port, bodies, rate=min(rate, _WARM_UP_RATE), seconds=_WARM_UP_SECONDS)
         with status(f"{rate:g} requests per second for {seconds:g} s"):
             found = load.load(port, bodies, rate=rate, seconds=seconds, pid=process).summary()
-    row = {"items": items, "dtype": dtype, "history": history, "k": k, "threads": threads, "rate": rate, **found}
+    row = {"items": items, "dtype": dtype, "history": history, "k": k, "threads": threads,
+           "ann": ann or "", "rate": rate, **found}  # fmt: skip
     say(
         f"{items} items in {dtype}, histories of {history}, k {k}, {threads} thread(s), {rate:g} requests per second "
         f"for {found['seconds']} s: p50 {found['p50_ms']:.2f} ms, p95 {found['p95_ms']:.2f}, "
@@ -83,6 +84,7 @@ def _show(found: list[dict[str, Any]]) -> None:
     say(
         f"{first['items']} items of width {first['width']} in {first['dtype']}, {first['batch']} histories of "
         f"{first['history']}, k {first['k']}, {first['threads']} threads, {first['calls']} calls"
+        + (f", {first['ann']} with recall {first['recall']:.3f}" if first["ann"] else "")
     )
     print_rows(
         ["stage", "p50 ms", "p95 ms", "p99 ms", "first ms"],

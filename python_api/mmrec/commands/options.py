@@ -39,6 +39,13 @@ class StoreDtype(str, Enum):
     int8 = "int8"
 
 
+class Approximate(str, Enum):
+    """Kinds of approximate retrieval."""
+
+    ivf = "ivf"
+    hnsw = "hnsw"
+
+
 class Engine(str, Enum):
     """Who encodes items."""
 

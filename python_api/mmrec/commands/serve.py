@@ -29,7 +29,7 @@ _LOCAL = ("127.0.0.1", "localhost", "::1")
 def serve_command(
     *, run: Path, store: Path | None, data: Path | None, layout: str, host: str, port: int, threads: int | None,
     max_batch: int, timeout: float, read_only: bool, costs: Path | None, calibrate_seconds: float, plans: Path | None,
-    reranker: str | None, quantize: str, access_log: bool,
+    ann: str | None, reranker: str | None, quantize: str, access_log: bool,
 ) -> None:  # fmt: skip
     """See ``mmrec serve --help``."""
     import torch
@@ -46,7 +46,7 @@ def serve_command(
     opened = open_run(run)
     folder = run / STORE if store is None else store
     image = _images(opened, data, layout, folder)
-    online = _online(opened, folder, reranker, quantize)
+    online = _online(opened, folder, ann, reranker, quantize)
     _set_costs(online, costs, calibrate_seconds, {} if plans is None else _worth(plans, opened.model_id))
     version = online.version
     say(f"{len(version)} items of {opened.label} in {version.meta.dtype}, version {version.number} of {folder}")
@@ -85,11 +85,16 @@ def _encode(run: TrainedRun) -> Encode | None:
         return None
 
 
-def _online(run: TrainedRun, store: Path, reranker: str | None, quantize: str) -> OnlineRecommender:
+def _online(run: TrainedRun, store: Path, ann: str | None, reranker: str | None, quantize: str) -> OnlineRecommender:
     from ..recommender import ItemStore, OnlineRecommender
 
     found = None if reranker is None else load_reranker(reranker, quantize)
-    return OnlineRecommender(run.model, ItemStore(store), model_id=run.model_id, reranker=found)
+    with status("opening the store"):
+        online = OnlineRecommender(run.model, ItemStore(store), model_id=run.model_id, reranker=found, ann=ann)
+    if online.version.index is not None:
+        index = online.version.index
+        say(f"{index.kind}: recall {index.recall:.3f} of the {index.depth} best, at effort {index.effort}")
+    return online
 
 
 def load_reranker(name: str, quantize: str) -> Reranker:

@@ -7,12 +7,27 @@ from typing import Annotated
 
 import typer
 
-from .options import Debug, Device, Engine, JsonFile, Layout, OptionalData, Quantize, Quantized, Stage, StoreDtype
+from .options import (
+    Approximate,
+    Debug,
+    Device,
+    Engine,
+    JsonFile,
+    Layout,
+    OptionalData,
+    Quantize,
+    Quantized,
+    Stage,
+    StoreDtype,
+)
 
 __all__ = ["app"]
 
 app = typer.Typer()
 
+ApproximateKind = Annotated[
+    Approximate | None, typer.Option("--ann", help="Approximate retrieval by FAISS, for large catalogues.")
+]
 Reranker = Annotated[
     str | None, typer.Option(metavar="NAME", help="Causal model, folder or Hugging Face name, that ranks again.")
 ]
@@ -71,6 +86,7 @@ def serve(
         Path | None,
         typer.Option(metavar="FILE", help="latency.json of mmrec latency: its best plan that fits."),
     ] = None,
+    ann: ApproximateKind = None,
     reranker: Reranker = None,
     quantize: Quantized = Quantize.nf4,
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
@@ -81,7 +97,8 @@ def serve(
 
     serve_command(
         run=run, store=store, data=data, layout=layout, host=host, port=port, threads=threads, max_batch=max_batch,
-        timeout=timeout, read_only=read_only, costs=costs, calibrate_seconds=calibrate, plans=plans, reranker=reranker,
+        timeout=timeout, read_only=read_only, costs=costs, calibrate_seconds=calibrate, plans=plans,
+        ann=None if ann is None else ann.value, reranker=reranker,
         quantize=quantize.value, access_log=access_log,
     )  # fmt: skip
 
@@ -135,6 +152,7 @@ def bench_serving(
     threads: Annotated[
         int | None, typer.Option(min=1, help="Default: torch's own choice; with --rate one less than cores.")
     ] = None,
+    ann: ApproximateKind = None,
     rate: Annotated[
         float | None, typer.Option(metavar="R", help="Ask a server in another process, R times per second.")
     ] = None,
@@ -151,7 +169,7 @@ def bench_serving(
 
     bench_serving_command(
         items=items or [100_000, 1_000_000], dtypes=[d.value for d in dtype or (StoreDtype.float32, StoreDtype.int8)],
-        batches=batch or [1, 8, 32], history=history, k=k, threads=threads, rate=rate, seconds=seconds,
+        batches=batch or [1, 8, 32], history=history, k=k, threads=threads, ann=None if ann is None else ann.value, rate=rate, seconds=seconds,
         json_file=json_file, json_dir=json_dir,
     )  # fmt: skip
 

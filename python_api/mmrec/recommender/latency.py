@@ -41,7 +41,8 @@ class Load:
 
 @dataclass(frozen=True)
 class Latency:
-    """Milliseconds of a stage (or of all of them, "total") over `calls` calls, and of the first call after opening."""
+    """Milliseconds of a stage (or of all of them, "total") over `calls` calls, and of the first call after opening;
+    `ann` is the kind of approximate retrieval, "" for none, and `recall` that of its 100 best items."""
 
     items: int
     width: int
@@ -56,11 +57,13 @@ class Latency:
     p95_ms: float
     p99_ms: float
     cold_ms: float
+    ann: str = ""
+    recall: float = 1.0
 
 
 @contextmanager
 def generated(
-    items: int, dtype: str, *, width: int = 64, history: int = 50, seed: int = 0
+    items: int, dtype: str, *, width: int = 64, history: int = 50, ann: str | None = None, seed: int = 0
 ) -> Iterator[OnlineRecommender]:
     """An untrained model over a store of random items, in a temporary folder: times do not depend on the values."""
     config = RecommenderConfig(modalities=(IDENTITY,), width=width, max_length=history, seed=seed)
@@ -82,7 +85,7 @@ def generated(
         store = ItemStore(Path(folder))
         with store.writer() as writer:
             writer.create(Meta(width, dtype, (IDENTITY,), "generated", {}), parts())
-        yield OnlineRecommender(model, store)
+        yield OnlineRecommender(model, store, ann=ann)
 
 
 def measure(
@@ -112,7 +115,9 @@ def measure(
         call(online)
     cold = []
     for _ in range(_REOPENED):  # another mapping: its pages are in memory, but not in this process's tables
-        cold.append(call(OnlineRecommender(online.model, ItemStore(online.store.folder))))
+        again = OnlineRecommender(online.model, ItemStore(online.store.folder))
+        again.version.index = online.version.index  # which takes minutes to build, and is not what is asked here
+        cold.append(call(again))
     calls: list[dict[str, float]] = []
     until = time.perf_counter() + seconds
     while len(calls) < _LEAST_CALLS or time.perf_counter() < until:
@@ -136,6 +141,8 @@ def measure(
                 float(p95),
                 float(p99),
                 first,
+                online.ann or "",
+                1.0 if online.version.index is None else online.version.index.recall,
             )  # fmt: skip
         )
     return found

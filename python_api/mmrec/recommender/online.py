@@ -81,21 +81,30 @@ class OnlineRecommender:
         store: of the items of this model.
         model_id: what the store must name as its model; None accepts any.
         reranker: what ranks the best items again, where that is asked for.
+        ann: "ivf" or "hnsw": retrieval from an `AnnIndex` of that kind, built here and whenever the store has a new
+            base; None reads all items for each request.
 
     Raises:
         StoreError: the store has no usable version, or is of another model.
     """
 
     def __init__(
-        self, model: Recommender, store: ItemStore, *, model_id: str | None = None, reranker: Reranker | None = None
+        self,
+        model: Recommender,
+        store: ItemStore,
+        *,
+        model_id: str | None = None,
+        reranker: Reranker | None = None,
+        ann: str | None = None,
     ) -> None:
         self.model = model.eval()
         self.store = store
         self.model_id = model_id
         self.reranker = reranker
+        self.ann = ann
         self._planner: Planner | None = None
         self._reloading = threading.Lock()
-        self.version = self._usable(store.current())
+        self.version = self._usable(store.current(), None)
 
     @property
     def facts(self) -> dict[str, str | int]:
@@ -104,6 +113,7 @@ class OnlineRecommender:
             "dtype": self.version.meta.dtype,
             "max_length": self.model.config.max_length,
             "threads": torch.get_num_threads(),
+            "ann": self.ann or "",
             "reranker": "" if self.reranker is None else self.reranker.name,
         }
 
@@ -127,7 +137,7 @@ class OnlineRecommender:
             newest = self.store.current()
             if newest is self.version:
                 return False
-            self.version = self._usable(newest)
+            self.version = self._usable(newest, self.version)
             return True
 
     @property
@@ -260,8 +270,8 @@ class OnlineRecommender:
         index = torch.arange(len(read), device=device)
         return self.model.states(vectors.to(device), index, places.to(device), last=True).to(vectors.device)
 
-    def _usable(self, version: StoreVersion) -> StoreVersion:
-        from .store import StoreError
+    def _usable(self, version: StoreVersion, before: StoreVersion | None) -> StoreVersion:
+        from .store import AnnIndex, StoreError
 
         config = self.model.config
         if self.model_id is not None and version.meta.model != self.model_id:
@@ -273,6 +283,10 @@ class OnlineRecommender:
                 f"{self.store.folder} holds vectors of width {version.meta.width} of {list(version.meta.modalities)}, "
                 f"the model has {config.width} of {list(config.modalities)}"
             )
+        if self.ann is not None and version.index is None:
+            known = None if before is None else before.index
+            same = known is not None and known.base == version.files[0]
+            version.index = known if same else AnnIndex.build(version, self.ann)
         return version
 
 

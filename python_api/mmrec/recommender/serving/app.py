@@ -259,6 +259,7 @@ class _Server:
                 "dtype": meta.dtype, "modalities": list(meta.modalities),
                 "max_length": self.online.model.config.max_length,
                 "reranker": "" if reranker is None else reranker.name, "budgets": self.online.costs is not None,
+                "ann": self.online.ann or "", "recall": 1.0 if version.index is None else version.index.recall,
                 "waiting": self.batcher.waiting,
             }
         )  # fmt: skip

@@ -21,7 +21,7 @@ import numpy as np
 
 __all__ = ["Loaded", "generated_server", "load"]
 
-_START_SECONDS = 120.0
+_START_SECONDS = 1200.0
 _SETTLE = 0.1  # of the time, at its begin, before memory counts as that of a warm server
 
 
@@ -172,13 +172,15 @@ def _memory_mib(pid: int) -> float:
 
 @contextmanager
 def generated_server(
-    items: int, dtype: str, *, history: int = 50, threads: int | None = None
+    items: int, dtype: str, *, history: int = 50, threads: int | None = None, ann: str | None = None
 ) -> Iterator[tuple[int, int]]:
     """Port and process id of a server over a generated store, in a process of its own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    process = multiprocessing.get_context("spawn").Process(target=_serve, args=(port, items, dtype, history, threads))
+    process = multiprocessing.get_context("spawn").Process(
+        target=_serve, args=(port, items, dtype, history, threads, ann)
+    )
     process.start()
     try:
         _wait_for(port, process)
@@ -200,7 +202,7 @@ def _wait_for(port: int, process: multiprocessing.process.BaseProcess) -> None:
     raise RuntimeError("the server did not start" if process.is_alive() else f"the server ended: {process.exitcode}")
 
 
-def _serve(port: int, items: int, dtype: str, history: int, threads: int | None) -> None:
+def _serve(port: int, items: int, dtype: str, history: int, threads: int | None, ann: str | None) -> None:
     import torch
 
     from ..latency import generated
@@ -208,7 +210,7 @@ def _serve(port: int, items: int, dtype: str, history: int, threads: int | None)
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with generated(items, dtype, history=history) as online:
+    with generated(items, dtype, history=history, ann=ann) as online:
         serve(create_app(online), port=port, log_level="warning")
 
 

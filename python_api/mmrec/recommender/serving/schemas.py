@@ -126,6 +126,8 @@ class Health(BaseModel):
     modalities: list[str]
     max_length: int
     reranker: str
+    ann: str = Field(description="kind of approximate retrieval, empty for none")
+    recall: float = Field(description="share of the 100 best items that retrieval finds, as measured at the start")
     budgets: bool = Field(description="costs are known, so that budget_ms can be kept")
     waiting: int
 

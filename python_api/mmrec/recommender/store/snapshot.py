@@ -16,6 +16,7 @@ from mmrec_kernels import top_k
 from mmrec_kernels.retrieval import TopK
 
 from ...fusion.tokens import Tokens
+from .ann import AnnIndex
 from .columns import UTF8, Columns, Meta, Ragged
 
 __all__ = ["Index", "StoreVersion", "hash_ids", "latest"]
@@ -47,6 +48,7 @@ class StoreVersion:
         meta: width, dtype, modalities, model.
         num_items: N.
         files: names of the files that it is made of, the base first.
+        index: of approximate retrieval, once there is one.
     """
 
     def __init__(
@@ -54,6 +56,7 @@ class StoreVersion:
         patches: Sequence[tuple[Tensor, Columns]],
     ) -> None:  # fmt: skip
         self.number, self.meta, self.num_items, self.files = number, meta, num_items, tuple(files)
+        self.index: AnnIndex | None = None
         self._base = base
         self._hash, self._row = index.hash.numpy(), index.row.numpy()
         names = base.ragged["id"]
@@ -169,11 +172,25 @@ class StoreVersion:
         values, offsets = self._ragged(f"tokens.{modality}", rows)
         return Tokens(values.float(), offsets, self._ragged(f"kinds.{modality}", rows).values)
 
-    def top_k(self, query: Tensor, k: int, *, exclude: Lists | None = None, candidates: Lists | None = None) -> TopK:
+    @property
+    def base_items(self) -> int:
+        """How many items the base has: rows below that."""
+        return len(self._base)
+
+    def top_k(
+        self, query: Tensor, k: int, *, exclude: Lists | None = None, candidates: Lists | None = None,
+        exact: bool = False, index: AnnIndex | None = None,
+    ) -> TopK:  # fmt: skip
         """The best items of `query [B, d]`, float32; see `mmrec_kernels.top_k`.
 
-        A bfloat16 store is met by the query rounded to bfloat16; int8 and float32 by the query as it is.
+        A bfloat16 store is met by the query rounded to bfloat16; int8 and float32 by the query as it is. Where the
+        version has an `index` (or one is given), those are the best of the candidates that it finds, scored exactly;
+        `exact` reads all items nevertheless.
         """
+        index = self.index if index is None else index
+        if index is not None and candidates is None and not exact:
+            seen = int(exclude[0].diff().max()) if exclude is not None and len(query) else 0
+            candidates = index.candidates(query, min(k + seen, max(self.base_items, 1)), self._patch_rows)
         query = query.bfloat16() if self.meta.dtype == "bfloat16" else query.float()
 
         def search(columns: dict[str, Tensor], shift: int) -> TopK:
