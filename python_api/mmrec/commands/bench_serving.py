@@ -19,7 +19,8 @@ _WARM_UP_RATE, _WARM_UP_SECONDS = 100.0, 3.0
 
 def bench_serving_command(
     *, items: Sequence[int], dtypes: Sequence[str], batches: Sequence[int], history: int, k: int,
-    threads: int | None, ann: str | None, rate: float | None, seconds: float, json_file: Path | None, json_dir: Path | None,
+    threads: int | None, ann: str | None, rate: float | None, seconds: float, json_file: Path | None,
+    json_dir: Path | None,
 ) -> None:  # fmt: skip
     """See ``mmrec bench-serving --help``."""
     import torch

@@ -169,7 +169,8 @@ def bench_serving(
 
     bench_serving_command(
         items=items or [100_000, 1_000_000], dtypes=[d.value for d in dtype or (StoreDtype.float32, StoreDtype.int8)],
-        batches=batch or [1, 8, 32], history=history, k=k, threads=threads, ann=None if ann is None else ann.value, rate=rate, seconds=seconds,
+        batches=batch or [1, 8, 32], history=history, k=k, threads=threads, ann=None if ann is None else ann.value,
+        rate=rate, seconds=seconds,
         json_file=json_file, json_dir=json_dir,
     )  # fmt: skip
 
