@@ -170,9 +170,23 @@ def test_content_over_http(trained: Path) -> None:
                 ({"content": {numeric: "many"}}, "many"), ({"content": {"item_id": "x"}}, "the id stands beside it"),
                 ({"content": {}, "vector": [0.0] * 16}, "content makes vector and mass"),
                 ({"content": {numeric: {"a": 1}}}, "items.0.content"),
+                ({"content": {"tilte": "x"}}, "no column 'tilte'"),
             ):  # fmt: skip
                 found = client.post("/items", json={"items": [{"id": "other", **bad}]})
                 assert found.status_code == 422 and word in found.json()["detail"], (bad, found.text)
+            # Numbers stand for the words that they are written as.
+            words = encoder.recipe.schema.categorical[0]
+            client.post(
+                "/items", json={"items": [{"id": "seven", "content": {words: 7, encoder.recipe.schema.title: 1984}}]}
+            )
+            version = ItemStore(folder).current()
+            assert version.titles(version.rows(["seven"])) == ["1984"]
+            (seven,) = encoder.encode(
+                Catalogue.from_items(
+                    [{"item_id": "seven", words: "7", encoder.recipe.schema.title: "1984"}], encoder.recipe.schema
+                )
+            )
+            assert torch.equal(version.content(version.rows(["seven"])), seven.content)
         with TestClient(create_app(online)) as client:
             found = client.post("/items", json={"items": [{"id": "other", "content": content}]})
             assert found.status_code == 422 and "no model of items" in found.json()["detail"]

@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -186,6 +187,7 @@ def test_titles_are_text_and_no_markup(run: Path) -> None:
 
 def test_a_server_under_load(mmrec: Mmrec, tmp_path: Path) -> None:
     told = tmp_path / "server.json"
+    before = {*Path(tempfile.gettempdir()).glob("mmrec-*")}
     began = time.monotonic()
     outcome = mmrec(
         "bench-serving",
@@ -207,5 +209,6 @@ def test_a_server_under_load(mmrec: Mmrec, tmp_path: Path) -> None:
     assert 0 < row["p50_ms"] <= row["p95_ms"] <= row["p99_ms"] <= row["longest_ms"]
     assert row["memory_begin_mib"] > 50 and row["memory_end_mib"] < 1.5 * row["memory_begin_mib"]
     assert (row["items"], row["dtype"], row["history"], row["rate"]) == (300, "int8", 7, 100.0)
+    assert {*Path(tempfile.gettempdir()).glob("mmrec-*")} <= before  # nothing is left behind
     assert "100 requests per second" in outcome.out and time.monotonic() - began < 60
     mmrec("bench-serving", "--rate", 0).failed("--rate must be above 0, got 0")

@@ -13,7 +13,7 @@ import torch
 from cli_helpers import Mmrec
 
 from mmrec.commands.runs import open_run
-from mmrec.commands.sharded import _ranges
+from mmrec.commands.sharded import _join, _parts_folder, _ranges
 from mmrec.recommender import ItemStore
 
 RUN = "import sys; from mmrec.cli import run; sys.exit(run(sys.argv[1:]))"
@@ -60,7 +60,7 @@ def test_torchrun(trained: Path, alone: Path, tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("version 1, 48 items") == 1
     assert_same(store, alone)
-    assert not (tmp_path / "store.parts").exists()
+    assert not list(tmp_path.glob("store.parts*"))
 
 
 def test_a_rank_that_fails_ends_all(trained: Path, tmp_path: Path) -> None:
@@ -71,7 +71,7 @@ def test_a_rank_that_fails_ends_all(trained: Path, tmp_path: Path) -> None:
         image.write_bytes(b"no image")
     done = torchrun(tmp_path, 2, "index", "--run", trained, "--out", store, "--items", items)
     assert done.returncode != 0 and "broken image" in done.stderr and "nothing was written" in done.stderr
-    assert not list(store.glob("version-*")) and not (tmp_path / "store.parts").exists()
+    assert not list(store.glob("version-*")) and not list(tmp_path.glob("store.parts*"))
 
 
 def test_ray(mmrec: Mmrec, trained: Path, alone: Path, tmp_path: Path) -> None:
@@ -82,7 +82,17 @@ def test_ray(mmrec: Mmrec, trained: Path, alone: Path, tmp_path: Path) -> None:
     ).succeeded()
     assert "version 1, 48 items" in outcome.out
     assert_same(store, alone)
-    assert not (tmp_path / "store.parts").exists()
+    assert not list(tmp_path.glob("store.parts*"))
+
+
+def test_parts_that_are_elsewhere_are_missed(tmp_path: Path) -> None:
+    """What another machine wrote onto a disk of its own must not leave a smaller store."""
+    parts = _parts_folder(tmp_path / "store")
+    assert parts.is_dir() and parts != _parts_folder(tmp_path / "store")
+    (parts / "000000000000.safetensors").write_bytes(b"")
+    with pytest.raises(ValueError, match="1 of 2 parts are not in .*, which all must share: nothing is written"):
+        _join(tmp_path / "store", None, parts, [(0, 4), (4, 8)])
+    assert not (tmp_path / "store").exists()
 
 
 def test_what_is_not_built_in_shards(mmrec: Mmrec, trained: Path, tmp_path: Path) -> None:

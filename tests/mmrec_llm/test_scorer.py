@@ -129,5 +129,20 @@ def test_the_reranker_asks_about_titles(qwen2):
     found = reranker([["red", "hat"], ["film"]], [["star", "war"], []])
     wanted = reranker.scorer([reranker.prompt(["red", "hat"])], [[reranker.candidate(t) for t in ("star", "war")]])
     assert found == [wanted[0].tolist(), []]
+    # The question stays, and the latest titles: the oldest go.
+    many = [f"title {n} " + "x" * 300 * (n == 29) for n in range(30)]
+    full = LLMReranker(
+        YesNoScorer(Backbone.load(qwen2, quantize=None), yes=" red", no=" blue"), intro="a", question="b"
+    )
+    prompt = full.prompt(many[:29])
+    tokens = full.scorer.backbone.tokenizer(prompt)["input_ids"]
+    assert (
+        len(tokens) <= full.scorer.backbone.max_length
+        and prompt.endswith('"title 28 "\nb\n')
+        and "title 0" not in prompt
+    )
+    assert len(full.candidate(many[29])) < 300 and full.candidate(many[29]).endswith("Answer:")
+    with pytest.raises(ValueError, match="do not fit into the 64 tokens"):
+        LLMReranker(reranker.scorer, question="why " * 100)
     with pytest.raises(ValueError, match="history must be at least 1, got 0"):
         LLMReranker(reranker.scorer, history=0)

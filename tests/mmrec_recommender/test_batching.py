@@ -126,6 +126,61 @@ def test_one_bad_request_harms_no_other(online, monkeypatch):
         assert one.answer.items == gate.recommend([[name]], 3)[0].items
 
 
+def test_bad_histories_do_not_take_a_batch_apart(online, monkeypatch):
+    """However many there are, the good ones are answered by one call more."""
+    gate = Gate(online, monkeypatch)
+
+    async def main():
+        batcher = Batcher(online)
+        first = await gate.hold(batcher)
+        histories = [["gone"] if n % 3 == 0 else [str(n)] for n in range(20)]
+        tasks = await started(batcher, *(Request(history, 3) for history in histories))
+        gate.release()
+        found = await asyncio.gather(first, *tasks, return_exceptions=True)
+        batcher.close()
+        return found[1:]
+
+    found = run(main())
+    assert [call[0] for call in gate.calls[1:]] == [20, 13]
+    for n, one in enumerate(found):
+        if n % 3 == 0:
+            assert str(one) == "history has 1 item(s), none of which the store has"
+        else:
+            assert one.answer.items == gate.recommend([[str(n)]], 3)[0].items
+
+
+def test_so_many_are_ranked_again_in_one_call(online, monkeypatch):
+    gate = Gate(online, monkeypatch)
+
+    async def main():
+        batcher = Batcher(online)
+        first = await gate.hold(batcher)
+        tasks = await started(batcher, *(Request([str(n)], 3, rerank=64) for n in range(6)))
+        gate.release()
+        await asyncio.gather(first, *tasks)
+        batcher.close()
+
+    run(main())
+    assert [call[0] for call in gate.calls[1:]] == [4, 2]
+
+
+def test_who_is_late_hears_of_it_while_others_are_answered(online, monkeypatch):
+    gate = Gate(online, monkeypatch)
+
+    async def main():
+        batcher = Batcher(online, timeout=0.1)
+        first = await gate.hold(batcher)
+        (task,) = await started(batcher, Request(["1"], 3))
+        with pytest.raises(LateError):
+            await asyncio.wait_for(task, 5)
+        assert not first.done()  # it has begun: it is not late
+        gate.release()
+        assert (await first).answer.items
+        await asyncio.to_thread(batcher.close)
+
+    run(main())
+
+
 def test_too_many_and_too_late(online, monkeypatch):
     gate = Gate(online, monkeypatch)
 

@@ -82,7 +82,7 @@ def test_what_the_store_does_not_have_is_left_out_and_named(served):
     ):  # fmt: skip
         with pytest.raises(ValueError, match=message):
             online.recommend([[IDS[0]], history], 3)
-    with pytest.raises(ValueError, match="the model knows nothing about any item"):
+    with pytest.raises(ValueError, match="history 0 has no item about which the model knows anything"):
         online.recommend([[IDS[NOTHING]]], 3)
     assert online.recommend([[IDS[BARE]]], 3)[0].items
     assert online.recommend([], 3) == []

@@ -118,6 +118,16 @@ def test_costs_are_kept_and_damage_is_found(tmp_path):
         saved.check({"dtype": "int8", "threads": 4})
 
 
+def test_what_is_left_is_spent_on_known_plans_that_are_no_worse():
+    plain, four, sixteen = Plan(20, 0), Plan(20, 4), Plan(20, 16)
+    planner = Planner(costs({plain: 0.3, four: 0.25, sixteen: 0.32}))
+    assert planner.choose(1000, 1, 0.99)[0] == sixteen
+    assert planner.again(sixteen, 50.0, 1, 0.99) == sixteen
+    assert planner.again(sixteen, 15.0, 1, 0.99) == plain  # four would fit, and is worse than nothing
+    assert Planner(costs()).again(sixteen, 15.0, 1, 0.99) == four
+    assert Planner(costs()).again(sixteen, 5.0, 1, 0.99) == plain
+
+
 def test_items_are_ranked_again(online):
     plain = online.recommend(HISTORY, 6)[0]
     again = online.recommend(HISTORY, 6, rerank=4)[0]
@@ -202,6 +212,8 @@ def test_costs_of_something_else_are_refused(online):
     found = Costs({**online.facts, "threads": 99}, {20: {1: flat(1.0)}})
     with pytest.raises(ValueError, match="costs were measured with threads 99"):
         online.costs = found
+    with pytest.raises(ValueError, match="costs were measured with 20 items, this store has 500: calibrate anew"):
+        online.costs = Costs({**online.facts, "items": 20}, {20: {1: flat(1.0)}})
     for name in ("depths", "batches", "widths"):
         with pytest.raises(ValueError, match=f"{name} must be at least 1, got 0"):
             calibrate(online, **{name: (0,)})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import errno
 import json
 import logging
 import os
+import threading
 import time
 
 import pytest
@@ -89,6 +91,7 @@ def test_budgets(client, online):
         ({"history": ["1"], "k": "3"}, 422, "k: Input should be a valid integer, got '3'"),
         ({"history": ["1"], "k": 2.5}, 422, "k: Input should be a valid integer"),
         ({"history": ["1"], "depth": 21}, 422, "depth must be from 1 to 20, got 21"),
+        ({"history": ["1"], "rerank": 65}, 422, "rerank: must be at most 64, got 65"),
         ({"history": ["1"], "rerank": -1}, 422, "rerank: Input should be greater than or equal to 0"),
         ({"history": ["1"], "budget": 5}, 422, "budget: Extra inputs are not permitted"),
         ({"history": ["1"], "budget_ms": float("nan")}, 422, "budget_ms: Input should be a finite number"),
@@ -153,9 +156,10 @@ def test_finding_items(client):
     assert ids("29") == ["29", "129", "229", *[str(n) for n in range(290, 300)]]
     assert ids("item 29")[0] == "29" and ids("ITEM 299") == ["299"] and ids("29", limit=2) == ["29", "129"]
     assert ids("m 1I") == [] and ids("1Item 2") == []  # across two titles
-    assert len(ids("")) == 20 and ids(".*") == [] and ids("\x00") == []
+    assert len(ids("")) == 20 and ids("", limit=100)[0] == "0" and ids(".*") == [] and ids("\x00") == []
     client.post("/items", json={"items": [item("29", title="Ärger"), item("new 29", title="")]})
     assert ids("ärger") == [] and ids("Ärger") == ["29"] and ids("item 29")[0] == "290"
+    assert {"new 29", "29"} <= {*ids("", limit=100), *ids("29", limit=100)}  # the last title is empty
     assert ids("new") == ["new 29"] and ids("29", limit=100)[:2] == ["29", "129"]
     assert client.get("/items", params={"text": "x" * 201}).status_code == 422
     assert client.get("/items", params={"limit": 0}).json()["detail"].startswith("limit: Input should be greater")
@@ -186,7 +190,7 @@ def test_items_are_put_in_and_served(client, online):
         ([{"id": "new", "vector": [1.0] * WIDTH}], "items.0.mass: a new item needs one, and 'new' is new"),
         ([item("a"), item("b"), item("a")], "items: 'a' is there twice"),
         ([{**item("a"), "vector": [1.0]}], f"items.0.vector: must have {WIDTH} elements, got 1"),
-        ([{**item("a"), "vector": [1e300] * WIDTH}], "items.0.vector: must be finite in float32"),
+        ([{**item("a"), "vector": [1e300] * WIDTH}], "items.0.vector: must have a length of at most 1e+06"),
         ([{**item("a"), "vector": [float("inf")] * WIDTH}], "items.0.vector.0: Input should be a finite number"),
         ([{**item("a"), "mass": {"audio": 1.0}}], "items.0.mass: there is no modality 'audio'; there are ['identity']"),
         ([{**item("a"), "mass": {"identity": 1.5}}], "items.0.mass.identity: Input should be less than or equal to 1"),
@@ -243,6 +247,76 @@ def test_a_store_of_another_model_is_not_taken(client, online, caplog):
     assert float(failures.split()[1]) >= 1
 
 
+def test_items_are_not_put_into_a_store_of_another_model(client, online):
+    """Nor is anybody told so."""
+    online.model_id = "generated"
+    with ItemStore(online.store.folder).writer() as writer:
+        writer.create(online.version.meta.__class__(WIDTH, "float32", ("identity",), "another", {}), [_one()])
+    found = client.post("/items", json={"items": [item("mine")]})
+    assert found.status_code == 409 and "holds items of model another" in found.json()["detail"]
+    assert ItemStore(online.store.folder).current().number == 2
+
+
+def test_items_that_are_written_but_cannot_be_served(client, online, monkeypatch):
+    def failing():
+        raise RuntimeError("too many open files")
+
+    monkeypatch.setattr(online, "reload", failing)
+    found = client.post("/items", json={"items": [item("mine")]})
+    assert (
+        found.status_code == 503 and "are in version 2 of the store, which cannot be served" in found.json()["detail"]
+    )
+    monkeypatch.undo()
+    until = time.monotonic() + 10  # the watch has not ended
+    while client.get("/health").json()["version"] != 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert client.get("/health").json()["version"] == 2
+
+
+def test_only_so_many_writes_wait(online, monkeypatch):
+    begun, go = threading.Semaphore(0), threading.Event()
+    check = online.check_version
+
+    def slow(version):
+        begun.release()
+        go.wait(20)
+        check(version)
+
+    with TestClient(create_app(online, Settings(max_writes=2))) as client:
+        monkeypatch.setattr(online, "check_version", slow)
+        found: list[int] = []
+        threads = [threading.Thread(target=lambda n=n: found.append(_put(client, f"new {n}"))) for n in range(2)]
+        for thread in threads:
+            thread.start()
+        begun.acquire()
+        until = time.monotonic() + 10
+        while client.app.state.server._writes < 2 and time.monotonic() < until:
+            time.sleep(0.01)
+        refused = client.post("/items", json={"items": [item("third")]})
+        assert refused.status_code == 503 and "2 requests with items wait already" in refused.json()["detail"]
+        go.set()
+        for thread in threads:
+            thread.join(20)
+        assert found == [200, 200]
+
+
+def _put(client: TestClient, name: str) -> int:
+    return client.post("/items", json={"items": [item(name)]}).status_code
+
+
+def test_what_other_sites_pages_could_send_is_refused(online):
+    """A form or a script of another site sends without asking only what is no JSON by its type."""
+    raw = json.dumps({"items": [item("new")]}).encode()
+    with TestClient(create_app(online, Settings(hosts=("localhost", "testserver")))) as client:
+        for kind in ({}, {"content-type": "text/plain"}, {"content-type": "application/x-www-form-urlencoded"}):
+            found = client.post("/items", content=raw, headers=kind)
+            assert found.status_code == 415 and "must be application/json" in found.json()["detail"]
+        json_kind = {"content-type": "application/json; charset=utf-8"}
+        assert client.post("/items", content=raw, headers={**json_kind, "host": "evil.example"}).status_code == 400
+        assert client.get("/health", headers={"host": "evil.example"}).status_code == 400
+        assert client.post("/items", content=raw, headers=json_kind).status_code == 200
+
+
 def _one() -> ItemRows:
     return ItemRows(
         ["z"], torch.ones(1, WIDTH), torch.ones(1, 1), torch.tensor([True]), torch.zeros(1, 16, dtype=torch.uint8),
@@ -260,6 +334,27 @@ def test_the_token(online):
         assert client.post("/recommend", json=body(["1"])).status_code == 200
         found = client.post("/items", json=given, headers={"authorization": "bearer sécret".encode()})
         assert found.status_code == 200
+
+
+def test_the_token_is_asked_for_before_the_body_is_read(online):
+    async def main() -> tuple[int, int]:
+        app, reads, statuses = create_app(online, Settings(token="secret")), 0, []
+
+        async def receive():
+            nonlocal reads
+            reads += 1
+            return {"type": "http.request", "body": b"x" * 1000, "more_body": True}
+
+        async def send(message):
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
+
+        headers = [(b"content-type", b"application/json")]
+        scope = {"type": "http", "method": "POST", "path": "/items", "headers": headers, "query_string": b""}
+        await app(scope, receive, send)
+        return reads, statuses[0]
+
+    assert asyncio.run(main()) == (0, 401)
 
 
 def test_read_only(online):
@@ -297,10 +392,14 @@ def test_a_defect_is_a_500_with_a_log_line(online, monkeypatch, caplog):
 def test_what_is_counted(client):
     for history in (["1"], ["2"], ["gone"]):
         client.post("/recommend", json=body(history))
+    client.get("/nothing"), client.get("/else")
+    client.post("/recommend", content=b" " * (1 << 21), headers={"content-type": "application/json"})
     text = client.get("/metrics").text
     for line in (
         'mmrec_requests_total{path="/recommend",status="200"} 2.0',
         'mmrec_requests_total{path="/recommend",status="422"} 1.0',
+        'mmrec_requests_total{path="other",status="404"} 2.0',
+        'mmrec_requests_total{path="/recommend",status="413"} 1.0',
         'mmrec_request_seconds_count{path="/recommend"} 3.0', "mmrec_batch_size_count 2.0", "mmrec_store_version 1.0",
         f"mmrec_store_items {ITEMS}.0", "mmrec_waiting 0.0", 'mmrec_stage_seconds_count{stage="retrieval"} 2.0',
         "mmrec_slower 1.0", "process_resident_memory_bytes",

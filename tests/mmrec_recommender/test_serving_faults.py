@@ -183,6 +183,46 @@ def test_a_connection_may_be_kept_for_longer_than_a_request_takes(online):
             time.sleep(0.4)
 
 
+@pytest.mark.parametrize(
+    "begin",
+    [
+        b"GET /health HTTP/1.1\r\nhost: x\r\n\r\n",
+        b"POST /nothing HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: 4\r\n\r\n",
+    ],
+)
+def test_a_byte_after_an_answer_does_not_hold_a_connection(online, begin):
+    with (
+        running(create_app(online), read_seconds=0.4) as (port, _),
+        socket.create_connection(("127.0.0.1", port), timeout=10) as connection,
+    ):
+        connection.sendall(begin)
+        assert connection.recv(1 << 16)
+        connection.sendall(b"\r\n\r\n")  # ends uvicorn's wait for a next request, and begins none
+        began, told = time.monotonic(), b"x"
+        while told:
+            told = connection.recv(1 << 16)
+        assert time.monotonic() - began < 3
+
+
+def test_pipelined_requests_are_answered_however_long_the_first_takes(online):
+    online.reranker = Reversing(1.0)
+    raw = json.dumps(body(HISTORY, k=5, rerank=4)).encode()
+    head = "POST /recommend HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\ncontent-length: "
+    one = head.encode() + str(len(raw)).encode() + b"\r\n\r\n" + raw
+    with (
+        running(create_app(online), read_seconds=0.3) as (port, _),
+        socket.create_connection(("127.0.0.1", port), timeout=20) as connection,
+    ):
+        connection.sendall(one + one[:-10])
+        time.sleep(0.1)
+        connection.sendall(one[-10:])
+        told = b""
+        while told.count(b"HTTP/1.1 200") < 2:
+            part = connection.recv(1 << 16)
+            assert part, told
+            told += part
+
+
 def test_reload_under_load(online):
     """While another process' writer makes versions, every answer is that of the version that it names."""
     wrong, answered, versions = [], [0], set()

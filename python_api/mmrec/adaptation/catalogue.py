@@ -234,11 +234,15 @@ class Catalogue:
         """Items as dicts: ``item_id``, and values by column; those that are not given are missing.
 
         Raises:
-            CatalogueError: an id that is missing or there twice, or a value that does not fit its column's role.
+            CatalogueError: an id that is missing or there twice, a column that is not in `schema`, or a value that does
+                not fit its column's role.
         """
         from .readers.folder import items_of
         from .schema import frame_of
 
+        unknown = sorted({column for row in rows for column in row} - {"item_id", *schema.columns})
+        if unknown:
+            raise CatalogueError(f"{name}: no column {unknown[0]!r}; there are {list(schema.columns)}")
         return items_of(frame_of(rows, name), schema, name)
 
     def save(self, folder: str | Path) -> Path:

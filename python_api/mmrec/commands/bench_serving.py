@@ -74,9 +74,13 @@ def _under_load(
         f"{items} items in {dtype}, histories of {history}, k {k}, {threads} thread(s), {rate:g} requests per second "
         f"for {found['seconds']} s: p50 {found['p50_ms']:.2f} ms, p95 {found['p95_ms']:.2f}, "
         f"p99 {found['p99_ms']:.2f}, longest {found['longest_ms']:.2f}; statuses {found['statuses']}; "
-        f"memory {found['memory_begin_mib']:.1f} to {found['memory_end_mib']:.1f} MiB"
+        f"memory {_mib(found['memory_begin_mib'])} to {_mib(found['memory_end_mib'])} MiB"
     )
     return row
+
+
+def _mib(value: object) -> str:
+    return f"{value:.1f}" if isinstance(value, float) else "?"
 
 
 def _show(found: list[dict[str, Any]]) -> None:

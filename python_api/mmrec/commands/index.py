@@ -32,6 +32,8 @@ def index_command(
     several = engine == "ray" or under_torchrun()
     if items is None and (update or several):
         raise ValueError(f"{'--update' if update else 'building in shards'} needs --items, a folder of items to encode")
+    if engine == "ray" and under_torchrun():
+        raise ValueError("--engine ray is a job of one process; start it without torchrun")
     if update and several:
         raise ValueError("--update adds to a store in one process; without --engine and torchrun")
     if items is not None and several:
@@ -83,6 +85,7 @@ def _write_items(run: TrainedRun, items: Path, folder: Path, dtype: str, update:
         check_model(run, store.current())  # before hours of work
     with status(f"encoding {catalogue.num_items} items"), store.writer() as writer:
         if update:
+            check_model(run, store.current())  # it may have been written anew meanwhile
             for part in encoder.encode(catalogue):
                 writer.upsert(part)
         else:

@@ -116,9 +116,7 @@ class TrainedRun:
             raise ValueError(f"{self.folder} does not say how its items were read: train it anew to add others")
         adapter = {k.removeprefix("adapter."): v for k, v in self.tensors.items() if k.startswith("adapter.")}
         ids = Ragged(*(self.tensors[name] for name in _IDS)).strings()
-        return ItemEncoder(
-            self.model, Recipe.from_dict(self.facts["recipe"]), ids, adapter=adapter, cache=cache_folder()
-        )
+        return ItemEncoder(self.model, Recipe.from_dict(self.facts["recipe"]), ids, adapter=adapter)
 
     @cached_property
     def result(self) -> Result:

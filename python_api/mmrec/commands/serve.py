@@ -41,7 +41,8 @@ def serve_command(
         raise ValueError(
             f"--host {host}: whoever reaches it could change items; give --read-only, or a token in ${TOKEN}"
         )
-    settings = Settings(max_batch=max_batch, timeout=timeout, writable=not read_only, token=token)
+    hosts = (*_LOCAL, "[::1]") if host in _LOCAL else None
+    settings = Settings(max_batch=max_batch, timeout=timeout, writable=not read_only, token=token, hosts=hosts)
     torch.set_num_threads(default_threads() if threads is None else threads)
     opened = open_run(run)
     folder = run / STORE if store is None else store
@@ -65,11 +66,14 @@ def _images(run: TrainedRun, data: Path | None, layout: str, store: Path) -> Cal
     """Where items' images lie; writes the store if there is none. Without the data there are no images."""
     folder = run.data if data is None else data
     missing = not any(store.glob("version-*.json"))
-    if not folder.exists() and not missing:
-        _LOG.warning("%s is gone: no images", folder)
+    try:
+        catalogue, fingerprint = load_catalogue(folder, layout)
+        run.check_data(catalogue, fingerprint)
+    except ValueError as error:
+        if missing:
+            raise
+        _LOG.warning("no images: %s", error)
         return None
-    catalogue, fingerprint = load_catalogue(folder, layout)
-    run.check_data(catalogue, fingerprint)
     if missing:
         write_store(run, catalogue, store, "float32")
     images = {item: path for item, path in zip(catalogue.item_ids, catalogue.images, strict=True) if path is not None}
@@ -124,13 +128,15 @@ def _worth(path: Path, model_id: str) -> dict[Plan, float]:
 
 def _set_costs(online: OnlineRecommender, path: Path | None, seconds: float, worth: Mapping[Plan, float]) -> None:
     """Costs of the file, if they are those of this machine and store; else measured anew, and kept there."""
-    from ..recommender import Costs, calibrate
+    from ..recommender import Costs, Plan, calibrate
 
     costs = None
     if path is not None and path.is_file():
         try:
             costs = Costs.load(path)
-            costs.check(online.facts)
+            online.check_costs(costs)
+            if not set(worth) <= {Plan(d, w) for d in costs.retrieval for w in (0, *costs.rerank)}:
+                raise ValueError(f"{path} lacks plans of --plans: measuring anew")
         except ValueError as error:
             _LOG.warning("%s", error)
             costs = None

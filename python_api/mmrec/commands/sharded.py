@@ -9,8 +9,10 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -41,21 +43,23 @@ def build_with_torchrun(run: TrainedRun, items: Path, folder: Path, meta: Meta, 
     import torch
     from torch import distributed
 
-    distributed.init_process_group("gloo")
+    # Ranks wait for the slowest, which may have hours of work.
+    distributed.init_process_group("gloo", timeout=timedelta(days=7))
     try:
         rank, world = distributed.get_rank(), distributed.get_world_size()
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
-        parts = _parts_folder(folder)
+        catalogue = _catalogue(items, encoder)
         with ExitStack() as stack:
+            told = [""]
             if rank == 0:
-                stack.callback(shutil.rmtree, parts, ignore_errors=True)
-                shutil.rmtree(parts, ignore_errors=True)
-                parts.mkdir(parents=True)
-            distributed.barrier()
-            error = _attempt(lambda: _write_share(encoder, _catalogue(items, encoder), parts, meta, rank, world))
+                told = [str(_parts_folder(folder))]
+                stack.callback(shutil.rmtree, told[0], ignore_errors=True)
+            distributed.broadcast_object_list(told)
+            parts = Path(told[0])
+            error = _attempt(lambda: _write_share(encoder, catalogue, parts, meta, rank, world))
             _agree(error)
             if rank == 0:
-                error = _attempt(lambda: _join(folder, meta, parts))
+                error = _attempt(lambda: _join(folder, meta, parts, _ranges(catalogue.num_items, world)))
             _agree(error)
         return rank == 0
     finally:
@@ -84,6 +88,8 @@ def _agree(error: Exception | None) -> None:
 
 
 def _write_share(encoder: ItemEncoder, catalogue: Catalogue, parts: Path, meta: Meta, rank: int, world: int) -> None:
+    if not parts.is_dir():
+        raise ValueError(f"{parts.parent} is not the same for all ranks: it must be on a disk that they share")
     for start, stop in _ranges(catalogue.num_items, world)[rank::world]:
         _write(encoder, catalogue, parts, meta, start, stop)
 
@@ -97,21 +103,32 @@ def _ranges(items: int, workers: int) -> list[tuple[int, int]]:
 def _write(encoder: ItemEncoder, catalogue: Catalogue, parts: Path, meta: Meta, start: int, stop: int) -> Path:
     from ..recommender.store import write_part
 
-    path = parts / f"{start:012d}.safetensors"
+    path = _part(parts, start)
     write_part(path, encoder.encode_part(catalogue, start, stop), meta)
     return path
 
 
-def _join(folder: Path, meta: Meta, parts: Path) -> None:
+def _part(parts: Path, start: int) -> Path:
+    return parts / f"{start:012d}.safetensors"
+
+
+def _join(folder: Path, meta: Meta, parts: Path, ranges: list[tuple[int, int]]) -> None:
     from ..recommender.store import ItemStore
 
+    files = [_part(parts, start) for start, _ in ranges]
+    absent = [file for file in files if not file.is_file()]
+    if absent:
+        raise ValueError(
+            f"{len(absent)} of {len(files)} parts are not in {parts}, which all must share: nothing is written"
+        )
     with ItemStore(folder).writer() as writer:
-        writer.join(meta, sorted(parts.glob("*.safetensors")))
+        writer.join(meta, files)
 
 
 def _parts_folder(folder: Path) -> Path:
-    """Beside the store, which removes what it does not know."""
-    return folder.with_name(folder.name + ".parts")
+    """A new one beside the store, which removes what it does not know."""
+    folder.absolute().parent.mkdir(parents=True, exist_ok=True)
+    return Path(tempfile.mkdtemp(prefix=f"{folder.name}.parts-", dir=folder.absolute().parent))
 
 
 def _catalogue(items: Path, encoder: ItemEncoder) -> Catalogue:
@@ -151,8 +168,6 @@ def build_with_ray(
         raise ImportError("--engine ray needs Ray Data: pip install mmrec-kernels[ray]") from error
     count = _catalogue(items, encoder).num_items
     parts = _parts_folder(folder)
-    shutil.rmtree(parts, ignore_errors=True)
-    parts.mkdir(parents=True)
     started = not ray.is_initialized()
     try:
         if started:
@@ -165,10 +180,8 @@ def build_with_ray(
             _Encoding, batch_size=1, concurrency=(1, min(most, len(rows))), num_cpus=1,
             fn_constructor_args=(str(run.folder.absolute()), str(items.absolute()), str(parts.absolute()), meta),
         )  # fmt: skip
-        written = {row["part"] for row in job.take_all()}
-        if len(written) != len(ranges):
-            raise RuntimeError(f"{len(written)} of {len(ranges)} parts were written: nothing is indexed")
-        _join(folder, meta, parts)
+        job.take_all()
+        _join(folder, meta, parts, ranges)
     finally:
         shutil.rmtree(parts, ignore_errors=True)
         if started:

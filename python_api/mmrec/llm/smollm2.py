@@ -14,7 +14,7 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from ..files import TEMP_PREFIX, cache_root, sha256_file, sync_folder
+from ..files import TEMP_PREFIX, cache_root, sha256_file, sync, sync_folder
 from .extras import quiet_transformers, require
 
 SMOLLM2 = "smollm2"
@@ -44,6 +44,10 @@ def smollm2_path() -> Path:
         temporary = Path(tempfile.mkdtemp(prefix=TEMP_PREFIX, dir=folder.parent))
         try:
             _decode(source, temporary)
+            temporary.chmod(0o755)  # mkdtemp's are for their owner alone
+            for file in temporary.iterdir():
+                file.chmod(0o644)
+                sync(file)
             try:
                 os.replace(temporary, folder)
             except OSError:

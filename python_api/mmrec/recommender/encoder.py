@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,7 +34,6 @@ class ItemEncoder:
         recipe: how its training read items.
         item_ids: of its catalogue, by row.
         adapter: of the backbone, where that was trained.
-        cache: folder of an embedding cache.
     """
 
     def __init__(
@@ -45,9 +43,8 @@ class ItemEncoder:
         item_ids: Sequence[str],
         *,
         adapter: Mapping[str, Tensor] | None = None,
-        cache: Path | None = None,
     ) -> None:
-        self.model, self.recipe, self.cache = model, recipe, cache
+        self.model, self.recipe = model, recipe
         self._adapter = dict(adapter or {})
         self._row = {item: row for row, item in enumerate(item_ids)}
 
@@ -91,7 +88,7 @@ class ItemEncoder:
 
         model, count = self.model, catalogue.num_items
         content = prepare_content(
-            self._with_features(catalogue), model.config, np.zeros(count, bool), cache=self.cache, recipe=self.recipe,
+            self._with_features(catalogue), model.config, np.zeros(count, bool), recipe=self.recipe,
             backbone=self._backbone,
         )  # fmt: skip
         rows = torch.tensor([self._row.get(item, -1) for item in catalogue.item_ids], dtype=torch.int64)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,9 +63,11 @@ class Latency:
 
 @contextmanager
 def generated(
-    items: int, dtype: str, *, width: int = 64, history: int = 50, ann: str | None = None, seed: int = 0
-) -> Iterator[OnlineRecommender]:
-    """An untrained model over a store of random items, in a temporary folder: times do not depend on the values."""
+    items: int, dtype: str, *, width: int = 64, history: int = 50, ann: str | None = None, seed: int = 0,
+    folder: Path | None = None,
+) -> Iterator[OnlineRecommender]:  # fmt: skip
+    """An untrained model over a store of random items, in `folder` or a temporary one: times do not depend on the
+    values."""
     config = RecommenderConfig(modalities=(IDENTITY,), width=width, max_length=history, seed=seed)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
@@ -81,8 +83,10 @@ def generated(
                 torch.zeros(n, 16, dtype=torch.uint8), [f"Item {name}" for name in names], {},
             )  # fmt: skip
 
-    with tempfile.TemporaryDirectory(prefix="mmrec-") as folder:
-        store = ItemStore(Path(folder))
+    with ExitStack() as stack:
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="mmrec-")))
+        store = ItemStore(folder)
         with store.writer() as writer:
             writer.create(Meta(width, dtype, (IDENTITY,), "generated", {}), parts())
         yield OnlineRecommender(model, store, ann=ann)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import threading
 import time
 from collections.abc import Sequence
@@ -21,13 +22,28 @@ if TYPE_CHECKING:
     from .model import Recommender
     from .store import ItemStore, StoreVersion
 
-__all__ = ["STAGES", "Answer", "OnlineRecommender", "Reranker"]
+__all__ = ["STAGES", "Answer", "HistoryError", "OnlineRecommender", "Reranker"]
 
 # What a request's time goes to, in order; "rerank" only where items are ranked again.
 STAGES = ("history", "user", "retrieval", "rerank", "answer")
 
+_GROWN = 2  # a store that has become so many times as large, or as small, has other costs
 _OPEN = How(0, 0, 0.0)
 _NO_COSTS = "budget_ms: what answers cost is not known; set costs, which calibrate measures"
+
+
+class HistoryError(ValueError):
+    """Some of the histories cannot be answered.
+
+    Attributes:
+        why: place of each among those that were given → what is wrong with it.
+    """
+
+    def __init__(self, why: dict[int, str]) -> None:
+        first = min(why)
+        more = f" (and {len(why) - 1} more)" if len(why) > 1 else ""
+        super().__init__(f"histories: history {first} {why[first]}{more}")
+        self.why = why
 
 
 class Reranker(Protocol):
@@ -113,6 +129,8 @@ class OnlineRecommender:
             "dtype": self.version.meta.dtype,
             "max_length": self.model.config.max_length,
             "threads": torch.get_num_threads(),
+            "cores": os.cpu_count() or 1,
+            "model": self.version.meta.model,
             "ann": self.ann or "",
             "reranker": "" if self.reranker is None else self.reranker.name,
         }
@@ -124,7 +142,7 @@ class OnlineRecommender:
 
     @costs.setter
     def costs(self, costs: Costs) -> None:
-        costs.check(self.facts)
+        self.check_costs(costs)
         self._planner = Planner(costs)
 
     def reload(self) -> bool:
@@ -139,6 +157,13 @@ class OnlineRecommender:
                 return False
             self.version = self._usable(newest, self.version)
             return True
+
+    def check_costs(self, costs: Costs) -> None:
+        """ValueError unless `costs` were measured with what is here."""
+        costs.check(self.facts)
+        measured, items = int(costs.facts.get("items", 0)), len(self.version)
+        if measured and not measured / _GROWN <= items <= measured * _GROWN:
+            raise ValueError(f"costs were measured with {measured} items, this store has {items}: calibrate anew")
 
     @property
     def slower(self) -> float:
@@ -179,8 +204,9 @@ class OnlineRecommender:
             seconds: takes the time of each of `STAGES`.
 
         Raises:
-            ValueError: k, depth, rerank, the budget or quantile out of range, rerank without a reranker, a budget
-                without `costs` or together with depth or rerank, or a history of which the model knows nothing.
+            ValueError: k, depth, rerank, the budget or quantile out of range, rerank without a reranker, or a budget
+                without `costs` or together with depth or rerank.
+            HistoryError: a history that is empty, or of which store or model know nothing.
         """
         began = time.perf_counter()
         plan = self.check(k, depth, rerank, budget_ms, quantile)
@@ -199,7 +225,7 @@ class OnlineRecommender:
             best, scores = found.ids, found.scores
             if plan.rerank and expected is not None and budget_ms is not None and planner is not None:
                 left = budget_ms - 1e3 * (time.perf_counter() - began)
-                plan = plan._replace(rerank=planner.width(plan.rerank, left, len(histories), quantile))
+                plan = planner.again(plan, left, len(histories), quantile)
             reranked: list[list[float]] = [[] for _ in histories]
             if plan.rerank:
                 with _timed(taken, "rerank"):
@@ -270,8 +296,9 @@ class OnlineRecommender:
         index = torch.arange(len(read), device=device)
         return self.model.states(vectors.to(device), index, places.to(device), last=True).to(vectors.device)
 
-    def _usable(self, version: StoreVersion, before: StoreVersion | None) -> StoreVersion:
-        from .store import AnnIndex, StoreError
+    def check_version(self, version: StoreVersion) -> None:
+        """StoreError unless the version holds items of this model."""
+        from .store import StoreError
 
         config = self.model.config
         if self.model_id is not None and version.meta.model != self.model_id:
@@ -283,6 +310,11 @@ class OnlineRecommender:
                 f"{self.store.folder} holds vectors of width {version.meta.width} of {list(version.meta.modalities)}, "
                 f"the model has {config.width} of {list(config.modalities)}"
             )
+
+    def _usable(self, version: StoreVersion, before: StoreVersion | None) -> StoreVersion:
+        from .store import AnnIndex
+
+        self.check_version(version)
         if self.ann is not None and version.index is None:
             known = None if before is None else before.index
             same = known is not None and known.base == version.files[0]
@@ -303,7 +335,8 @@ def _windows(version: StoreVersion, rows: np.ndarray, offsets: np.ndarray, depth
     ends = offsets[1:]
     told = np.concatenate([[0], (version.known(rows) | (version.mass(rows).sum(1) > 0)).numpy().cumsum()])
     if (told[ends] == told[offsets[:-1]]).any():
-        raise ValueError("histories: the model knows nothing about any item of one of them")
+        nothing = np.flatnonzero(told[ends] == told[offsets[:-1]]).tolist()
+        raise HistoryError(dict.fromkeys(nothing, "has no item about which the model knows anything"))
     silent = told[ends] == told[np.maximum(offsets[:-1], ends - depth)]
     if silent.any():
         ends = np.where(silent, np.searchsorted(told, told[ends]), ends)
@@ -321,9 +354,8 @@ def _rows_of(
     owner = np.repeat(np.arange(len(histories)), lengths)
     kept = np.bincount(owner[~missing], minlength=len(histories)) if len(flat) else np.zeros(len(histories), np.int64)
     if len(histories) and not kept.all():
-        empty = int(np.argmin(kept > 0))
-        what = "is empty" if not lengths[empty] else f"has {lengths[empty]} item(s), none of which the store has"
-        raise ValueError(f"histories: history {empty} {what}; it needs at least one item")
+        why = {int(n): f"has {lengths[n]} item(s), none of which the store has" for n in np.flatnonzero(kept == 0)}
+        raise HistoryError({n: text if lengths[n] else "is empty" for n, text in why.items()})
     unknown: list[list[str]] = [[] for _ in histories]
     for place in np.flatnonzero(missing):
         unknown[owner[place]].append(flat[place])

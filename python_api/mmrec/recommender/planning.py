@@ -173,14 +173,14 @@ class Planner:
         fitting = [one for one in expected if one[1] <= budget_ms]
         return fitting[0] if fitting else min(expected, key=lambda one: one[1])
 
-    def width(self, most: int, left_ms: float, histories: int, quantile: float) -> int:
-        """How many items, at most `most`, can be ranked again in the time that is left; 0 for none."""
-        widths = [
-            width
-            for width in self.costs.rerank
-            if width <= most and self.factor * self.costs.rerank_ms(width, histories, quantile) <= left_ms
-        ]
-        return max(widths, default=0)
+    def again(self, plan: Plan, left_ms: float, histories: int, quantile: float) -> Plan:
+        """The best plan of the same depth that ranks no more items again, and can do that in the time that is left."""
+        for other in self._plans:
+            if other.depth == plan.depth and other.rerank <= plan.rerank:
+                takes = self.costs.rerank_ms(other.rerank, histories, quantile) if other.rerank else 0.0
+                if self.factor * takes <= left_ms:
+                    return other
+        return plan._replace(rerank=0)
 
     def learn(self, took_ms: float, expected_ms: float, quantile: float) -> None:
         """Takes in how long a plan took of which `expected_ms` had been foreseen."""

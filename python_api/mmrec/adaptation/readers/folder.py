@@ -222,9 +222,18 @@ def _images(
         notes.append(f"images/: {strays} file(s) belong to no item and were left out")
     for column in schema.image:
         for row, value in enumerate(items[column].to_list()):
-            if images[row] is None and value is not None and (folder / value).is_file():
+            if images[row] is None and value is not None and _is_image_in(folder, folder / value):
                 images[row] = folder / value
     return images
+
+
+def _is_image_in(folder: Path, path: Path) -> bool:
+    """An image of this folder: a table must not be able to name any other file of the machine."""
+    try:
+        inside = path.resolve().is_relative_to(folder.resolve())
+    except (OSError, ValueError, RuntimeError):
+        return False
+    return inside and path.suffix.lower() in _files.IMAGE_SUFFIXES and path.is_file()
 
 
 def _features(folder: Path, rows: int) -> dict[str, Features]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hmac
 import json
 import logging
 import time
@@ -14,19 +13,20 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from fastapi import Depends, FastAPI, HTTPException, Query, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse, HTMLResponse
 from starlette.exceptions import HTTPException as StarletteHTTPException
+from starlette.middleware.trustedhost import TrustedHostMiddleware
 
 from ..online import OnlineRecommender
 from ..store import StoreBusyError, StoreError
 from . import batching
 from .batching import Answered, Batcher
-from .limits import BodyLimit
+from .limits import Guard
 from .metrics import CONTENT_TYPE, Metrics
 from .schemas import Error, FoundItems, Health, ItemsIn, ItemsOut, RecommendIn, RecommendOut
-from .upsert import Encode, item_rows
+from .upsert import Encode, encoded, item_rows
 
 __all__ = ["Settings", "create_app"]
 
@@ -38,7 +38,8 @@ _NO_IMAGE = (
     """<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 2 3"><rect width="2" height="3" fill="#8885"/></svg>"""
 )
 _WHY = {
-    400: "not readable", 401: "no or another token", 413: "too long", 422: "not valid",
+    400: "not readable", 401: "no or another token", 409: "the store was taken over by another model",
+    413: "too long", 415: "no JSON", 422: "not valid",
     503: "too busy, closing, or another process writes to the store", 507: "the disk is full",
 }  # fmt: skip
 
@@ -53,6 +54,10 @@ class Settings:
         writable: `POST /items` is there.
         token: what `POST /items` must bring as its bearer token; None: nothing.
         max_body: bytes of a request, but for `POST /items`, which may have `max_items_body`.
+        max_rerank: items that a request may have ranked again.
+        max_writes: requests to `POST /items` that may wait for each other.
+        hosts: names that requests may address this server by, against other sites' pages; None: any.
+        close_seconds: what has begun may take when the server closes.
     """
 
     max_batch: int = 32
@@ -63,6 +68,10 @@ class Settings:
     token: str | None = None
     max_body: int = 1024 * _KIB
     max_items_body: int = 64 * 1024 * _KIB
+    max_rerank: int = 64
+    max_writes: int = 8
+    hosts: tuple[str, ...] | None = None
+    close_seconds: float = 10.0
 
 
 def create_app(
@@ -83,10 +92,16 @@ def create_app(
     settings = settings or Settings()
     server = _Server(online, settings, encode)
     app = FastAPI(
-        title="mmrec", lifespan=server.lifespan, telemetry=None, responses=_responses(400, 413, 422), version="1",
+        title="mmrec", lifespan=server.lifespan, telemetry=None, responses=_responses(400, 413, 415, 422), version="1",
         description="Multimodal recommendations within a budget of milliseconds.",
     )  # fmt: skip
-    app.add_middleware(BodyLimit, limits={"/items": settings.max_items_body}, default=settings.max_body)
+    token = {} if settings.token is None else {("POST", "/items"): settings.token}
+    app.add_middleware(
+        Guard, limits={"/items": settings.max_items_body}, default=settings.max_body, guarded=token,
+        count=server.metrics.count,
+    )  # fmt: skip
+    if settings.hosts is not None:
+        app.add_middleware(TrustedHostMiddleware, allowed_hosts=list(settings.hosts))
     app.add_exception_handler(RequestValidationError, _invalid)
     app.add_exception_handler(StarletteHTTPException, _refused)
     app.add_exception_handler(Exception, _failed)
@@ -114,9 +129,7 @@ def create_app(
 
     if settings.writable:
 
-        @app.post(
-            "/items", response_model=ItemsOut, responses=_responses(401, 503, 507), dependencies=[Depends(server.token)]
-        )
+        @app.post("/items", response_model=ItemsOut, responses=_responses(401, 409, 503, 507))
         async def upsert(body: ItemsIn) -> Response:
             """Puts items in: they are on the disk, and served, when this answers."""
             return await server.upsert(body)
@@ -141,13 +154,17 @@ def create_app(
     return app
 
 
+class _UnwrittenError(Exception):
+    """Items that could not be written, the disk's reason."""
+
+
 class _Server:
     """What the routes share."""
 
     def __init__(self, online: OnlineRecommender, settings: Settings, encode: Encode | None) -> None:
         self.online, self.settings, self.encode = online, settings, encode
         self.batcher: Batcher | None = None
-        self._writing = asyncio.Lock()
+        self._writing, self._writes, self._told = asyncio.Lock(), 0, ""
         self.metrics = Metrics(
             {
                 "waiting": ("Requests that wait for their turn.", lambda: self.batcher.waiting if self.batcher else 0),
@@ -169,7 +186,7 @@ class _Server:
             yield
         finally:
             watching.cancel()
-            await asyncio.to_thread(self.batcher.close)
+            await asyncio.to_thread(self.batcher.close, settings.close_seconds)
 
     async def _watch(self) -> None:
         while True:
@@ -180,27 +197,31 @@ class _Server:
         try:
             if await asyncio.to_thread(self.online.reload):
                 _LOG.info("store: version %d, %d items", self.online.version.number, len(self.online.version))
-        except (StoreError, OSError) as error:
+            self._told = ""
+        except Exception as error:  # whatever it is, the version before goes on, and so does looking for a next one
             self.metrics.reload_failures.inc()
-            _LOG.warning("store: version %d goes on: %s", self.online.version.number, error)
+            if str(error) != self._told:
+                _LOG.warning("store: version %d goes on: %s", self.online.version.number, error)
+            self._told = str(error)
 
     async def recommend(self, body: RecommendIn) -> Response:
         began = time.perf_counter()
         response = await self._recommend(body)
         self.metrics.seconds.labels("/recommend").observe(time.perf_counter() - began)
-        self.metrics.requests.labels("/recommend", response.status_code).inc()
         return response
 
     async def _recommend(self, body: RecommendIn) -> Response:
         if self.batcher is None:
             return _error(503, "the server has not started", _RETRY)
+        if body.rerank > self.settings.max_rerank:
+            return _error(422, f"rerank: must be at most {self.settings.max_rerank}, got {body.rerank}")
         request = batching.Request(
             body.history, body.k, body.exclude_seen, body.depth, body.rerank, body.budget_ms, body.quantile
         )
         try:
             found = await self.batcher.recommend(request)
         except ValueError as error:
-            return _error(422, str(error).replace("histories: history 0", "history"))
+            return _error(422, str(error))
         except batching.OverloadedError:
             return _error(503, f"{self.settings.max_waiting} requests wait already", _RETRY)
         except batching.LateError:
@@ -222,29 +243,44 @@ class _Server:
                 self.metrics.late.inc()
 
     async def upsert(self, body: ItemsIn) -> Response:
-        response = await self._upsert(body)
-        self.metrics.requests.labels("/items", response.status_code).inc()
-        return response
+        if self._writes >= self.settings.max_writes:
+            return _error(503, f"{self._writes} requests with items wait already", _RETRY)
+        self._writes += 1
+        try:
+            async with self._writing:
+                return await self._upsert(body)
+        finally:
+            self._writes -= 1
 
     async def _upsert(self, body: ItemsIn) -> Response:
         def write() -> tuple[int, int]:
+            made = encoded(body.items, self.encode)  # which may take long, before others have to wait
             with self.online.store.writer(timeout=1.0) as writer:
                 # The newest version, not the one that is served: another process may have written since.
                 now = self.online.store.current()
-                rows = item_rows(body.items, now, self.encode)
-                return writer.upsert(rows), int((now.rows(rows.ids) < 0).sum())
+                self.online.check_version(now)
+                rows = item_rows(body.items, now, made)
+                try:
+                    return writer.upsert(rows), int((now.rows(rows.ids) < 0).sum())
+                except OSError as error:
+                    raise _UnwrittenError(error.strerror or str(error)) from error
 
-        async with self._writing:
-            try:
-                number, new = await asyncio.to_thread(write)
-            except StoreBusyError as error:
-                return _error(503, str(error), _RETRY)
-            except ValueError as error:
-                return _error(422, str(error))
-            except OSError as error:
-                _LOG.error("store: items could not be written: %s", error)
-                return _error(507, f"the items could not be written: {error.strerror}")
-            await self._reload()
+        try:
+            number, new = await asyncio.to_thread(write)
+        except StoreBusyError as error:
+            return _error(503, str(error), _RETRY)
+        except StoreError as error:
+            return _error(409, str(error))
+        except ValueError as error:
+            return _error(422, str(error))
+        except _UnwrittenError as error:
+            _LOG.error("store: items could not be written: %s", error)
+            return _error(507, f"the items could not be written: {error}")
+        await self._reload()
+        if self.online.version.number < number:
+            return _error(
+                503, f"the items are in version {number} of the store, which cannot be served now: {self._told}"
+            )
         _LOG.info("store: version %d with %d new of %d items given", number, new, len(body.items))
         return _json({"version": number, "items": len(self.online.version), "new": new})
 
@@ -263,20 +299,6 @@ class _Server:
                 "waiting": self.batcher.waiting,
             }
         )  # fmt: skip
-
-    def token(self, request: Request) -> None:
-        """Refuses a request without the token, where there is one."""
-        wanted = self.settings.token
-        if wanted is None:
-            return
-        scheme, _, given = request.headers.get("authorization", "").partition(" ")
-        if scheme.lower() != "bearer" or not hmac.compare_digest(
-            given.encode("latin-1"),
-            wanted.encode(),  # as bytes of the header, which starlette takes for Latin-1
-        ):
-            raise HTTPException(
-                401, "authorization: needs the bearer token of this server", {"WWW-Authenticate": "Bearer"}
-            )
 
 
 def _answer(found: Answered, modalities: tuple[str, ...]) -> dict[str, Any]:

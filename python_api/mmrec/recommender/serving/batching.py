@@ -16,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from ..online import Answer, OnlineRecommender
+from ..online import Answer, HistoryError, OnlineRecommender
 from ..planning import Plan
 
 __all__ = ["Answered", "Batcher", "ClosedError", "LateError", "OverloadedError", "Request"]
 
 _LOG = logging.getLogger(__name__)
+_MOST_RERANKED = 256  # items in one call, where requests say how many
 
 
 class OverloadedError(Exception):
@@ -66,6 +67,7 @@ class _Job:
     request: Request
     future: asyncio.Future[Answered]
     arrived: float = field(default_factory=time.perf_counter)
+    taken: bool = False
 
     def left_ms(self) -> float | None:
         """Of the budget; what is over is as good as nothing."""
@@ -113,22 +115,29 @@ class Batcher:
         """
         # Here, where it hurts nobody else.
         self.online.check(request.k, request.depth, request.rerank, request.budget_ms, request.quantile)
-        future: asyncio.Future[Answered] = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Answered] = loop.create_future()
         with self._changed:
             if self._closed:
                 raise ClosedError
             if len(self._jobs) >= self.max_waiting:
                 raise OverloadedError
-            self._jobs.append(_Job(request, future))
+            job = _Job(request, future)
+            self._jobs.append(job)
             self._changed.notify()
-        return await future
+        # By the loop's clock: the thread that answers may be busy for longer.
+        timer = loop.call_later(self.timeout, _expire, job)
+        try:
+            return await future
+        finally:
+            timer.cancel()
 
-    def close(self) -> None:
-        """Takes no more requests, and returns when those that wait are answered."""
+    def close(self, timeout: float | None = None) -> None:
+        """Takes no more requests, and returns when those that wait are answered, or after so many seconds."""
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(timeout)
 
     def _run(self) -> None:
         while True:
@@ -137,38 +146,34 @@ class Batcher:
                     self._changed.wait()
                 if not self._jobs:
                     return
-            late: list[_Job] = []
             batch: list[_Job] = []
             try:
-                self._take(late, batch)
-                _settle([(job, LateError()) for job in late])
-                if batch:
-                    self._answer(batch)
+                self._take(batch)
+                self._answer(batch)
             except Exception as error:  # a defect must not end the thread that everybody waits for
                 _LOG.exception("answering %d requests failed", len(batch))
-                _settle([(job, error) for job in (*late, *batch)])
+                _settle([(job, error) for job in batch])
 
-    def _take(self, late: list[_Job], batch: list[_Job]) -> None:
-        """Those that have waited too long, and those to answer next. Without the lock: others only append."""
+    def _take(self, batch: list[_Job]) -> None:
+        """Those to answer next. Without the lock: others only append."""
         others: list[_Job] = []
-        oldest = time.perf_counter() - self.timeout
         fits: _Fits | None = None
         try:
-            while self._jobs and len(batch) < self.max_batch:
+            while self._jobs and len(batch) < self.max_batch and len(others) < self.max_batch:
                 job = self._jobs.popleft()
-                if job.future.cancelled():
-                    continue
-                if job.arrived < oldest:
-                    late.append(job)
+                if job.future.done():  # it was late, or nobody waits any more
                     continue
                 others.append(job)  # until it is known to fit
                 fits = fits or _Fits(self.online, job)
                 if fits(job):
+                    job.taken = True
                     batch.append(others.pop())
         finally:
             self._jobs.extendleft(reversed(others))
 
     def _answer(self, batch: list[_Job]) -> None:
+        if not batch:
+            return
         first = batch[0].request
         left = [ms for job in batch if (ms := job.left_ms()) is not None]
         began = time.perf_counter()
@@ -179,12 +184,9 @@ class Batcher:
                 exclude_seen=first.exclude_seen, depth=first.depth, rerank=first.rerank,
                 budget_ms=min(left) if left else None, quantile=first.quantile, seconds=seconds,
             )  # fmt: skip
-        except ValueError as error:
-            if len(batch) == 1:
-                _settle([(batch[0], error)])
-                return
-            for job in batch:  # one of them is at fault: each for itself
-                self._answer([job])
+        except HistoryError as error:  # of some of them; the others are answered without
+            _settle([(batch[n], ValueError(f"history {why}")) for n, why in error.why.items()])
+            self._answer([job for n, job in enumerate(batch) if n not in error.why])
             return
         found: list[tuple[_Job, Answered | Exception]] = []
         for n, (job, answer) in enumerate(zip(batch, answers, strict=True)):
@@ -207,6 +209,8 @@ class _Fits:
 
     def __call__(self, job: _Job) -> bool:
         if _key(job.request) != self._key:
+            return False
+        if self._count and (self._count + 1) * job.request.rerank > _MOST_RERANKED:
             return False
         alone = job.left_ms()
         left = math.inf if alone is None else min(alone, self._left)
@@ -232,6 +236,11 @@ def _first(answer: Answer, k: int) -> Answer:
         items=answer.items[:k], titles=answer.titles[:k], scores=answer.scores[:k], reranked=answer.reranked[:k],
         mass=answer.mass[:k], known=answer.known[:k],
     )  # fmt: skip
+
+
+def _expire(job: _Job) -> None:
+    if not job.taken and not job.future.done():
+        job.future.set_exception(LateError())
 
 
 def _settle(found: Sequence[tuple[_Job, Answered | Exception]]) -> None:

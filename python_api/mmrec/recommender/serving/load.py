@@ -10,6 +10,7 @@ import asyncio
 import json
 import multiprocessing
 import socket
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -178,17 +179,18 @@ def generated_server(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = int(probe.getsockname()[1])
-    process = multiprocessing.get_context("spawn").Process(
-        target=_serve, args=(port, items, dtype, history, threads, ann)
-    )
-    process.start()
-    try:
-        _wait_for(port, process)
-        assert process.pid is not None
-        yield port, process.pid
-    finally:
-        process.terminate()
-        process.join()
+    # The folder is this process's: the server ends by a signal, and clears nothing up.
+    with tempfile.TemporaryDirectory(prefix="mmrec-") as folder:
+        given = (port, folder, items, dtype, history, threads, ann)
+        process = multiprocessing.get_context("spawn").Process(target=_serve, args=given)
+        process.start()
+        try:
+            _wait_for(port, process)
+            assert process.pid is not None
+            yield port, process.pid
+        finally:
+            process.terminate()
+            process.join()
 
 
 def _wait_for(port: int, process: multiprocessing.process.BaseProcess) -> None:
@@ -202,7 +204,7 @@ def _wait_for(port: int, process: multiprocessing.process.BaseProcess) -> None:
     raise RuntimeError("the server did not start" if process.is_alive() else f"the server ended: {process.exitcode}")
 
 
-def _serve(port: int, items: int, dtype: str, history: int, threads: int | None, ann: str | None) -> None:
+def _serve(port: int, folder: str, items: int, dtype: str, history: int, threads: int | None, ann: str | None) -> None:
     import torch
 
     from ..latency import generated
@@ -210,7 +212,7 @@ def _serve(port: int, items: int, dtype: str, history: int, threads: int | None,
 
     if threads is not None:
         torch.set_num_threads(threads)
-    with generated(items, dtype, history=history, ann=ann) as online:
+    with generated(items, dtype, history=history, ann=ann, folder=Path(folder)) as online:
         serve(create_app(online), port=port, log_level="warning")
 
 

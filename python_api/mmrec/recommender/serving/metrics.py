@@ -10,6 +10,7 @@ from prometheus_client.process_collector import ProcessCollector
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
+_PATHS = ("/", "/recommend", "/items", "/health", "/metrics", "/openapi.json")
 _SECONDS = (
     0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.035, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 )  # fmt: skip
@@ -51,6 +52,10 @@ class Metrics:
         for name, (text, value) in gauges.items():
             Gauge(f"mmrec_{name}", text, registry=self.registry).set_function(value)
         ProcessCollector(registry=self.registry)
+
+    def count(self, path: str, status: int) -> None:
+        """One answer. Paths that are none of the server's are one, as anybody may think of new ones."""
+        self.requests.labels(path if path in _PATHS else "other", status).inc()
 
     def text(self) -> bytes:
         """In Prometheus' format."""

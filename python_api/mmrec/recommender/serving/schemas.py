@@ -13,7 +13,9 @@ MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS, MAX_TEXT = 512, 4096, 1000, 10
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="id of an item")]
 # JSON has one kind of number, and 3.0 is an integer there.
 Whole = Annotated[int, BeforeValidator(lambda given: int(given) if _is_whole(given) else given)]
-Value = Annotated[str, Field(max_length=MAX_TEXT)] | float | list[Annotated[str, Field(max_length=MAX_TITLE)]] | None
+Value = (
+    Annotated[str, Field(max_length=MAX_TEXT)] | int | float | list[Annotated[str, Field(max_length=MAX_TITLE)]] | None
+)
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 

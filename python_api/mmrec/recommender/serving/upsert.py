@@ -15,23 +15,45 @@ from ..store import ItemRows, StoreVersion
 if TYPE_CHECKING:
     from .schemas import ItemIn
 
-__all__ = ["Encode", "item_rows"]
+__all__ = ["Encode", "encoded", "item_rows"]
 
 # Items by column, with "item_id", as the model reads them.
 Encode = Callable[[Sequence[Mapping[str, Any]]], ItemRows]
+# Lengths beyond which scores might not be finite in float32; vectors of towers are some ten long.
+_MOST = 1e6
 
 
-def item_rows(items: Sequence[ItemIn], version: StoreVersion, encode: Encode | None = None) -> ItemRows:
-    """All of each item: what was given, and else what it has in `version`.
+def encoded(items: Sequence[ItemIn], encode: Encode | None) -> ItemRows | None:
+    """What the model makes of those items that are given by content, in their order; None where none is.
 
     Raises:
-        ValueError: an id twice, a vector of another width, a modality that the store does not have, content that does
-            not fit or nobody encodes, or a new item without content, and without vector or mass.
+        ValueError: an id twice, content that does not fit, or that nobody encodes.
     """
     ids = [item.id for item in items]
     if len(set(ids)) != len(ids):
         twice = next(name for n, name in enumerate(ids) if name in ids[:n])
         raise ValueError(f"items: {twice!r} is there twice")
+    which = [n for n, item in enumerate(items) if item.content is not None]
+    for n in which:
+        if encode is None:
+            raise ValueError(f"items.{n}.content: this server has no model of items; give vector and mass")
+        if items[n].vector is not None or items[n].mass is not None:
+            raise ValueError(f"items.{n}: content makes vector and mass; give it or them")
+        if "item_id" in (items[n].content or {}):
+            raise ValueError(f"items.{n}.content: the id stands beside it, not in it")
+    if not which or encode is None:
+        return None
+    return encode([{"item_id": items[n].id, **(items[n].content or {})} for n in which])
+
+
+def item_rows(items: Sequence[ItemIn], version: StoreVersion, made: ItemRows | None) -> ItemRows:
+    """All of each item: what was given, or `made` of its content, and else what it has in `version`.
+
+    Raises:
+        ValueError: a vector of another width or too long, a modality that the store does not have, or a new item
+            without content, and without vector or mass.
+    """
+    ids = [item.id for item in items]
     rows = version.rows(ids)
     old = rows >= 0
     width, modalities = version.meta.width, version.meta.modalities
@@ -43,12 +65,11 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion, encode: Encode | N
     known[places], content[places] = version.known(rows[old]), version.content(rows[old])
     for place, title in zip(places.tolist(), version.titles(rows[old]), strict=True):
         titles[place] = title
-    encoded = [n for n, item in enumerate(items) if item.content is not None]
-    if encoded:
-        made = _encoded(items, encoded, encode)
-        vectors[encoded], mass[encoded], content[encoded] = made.vectors.float(), made.mass.float(), made.content
-        known[encoded] = made.known
-        for n, title in zip(encoded, made.titles, strict=True):
+    if made is not None:
+        which = [n for n, item in enumerate(items) if item.content is not None]
+        vectors[which], mass[which], content[which] = made.vectors.float(), made.mass.float(), made.content
+        known[which] = made.known
+        for n, title in zip(which, made.titles, strict=True):
             titles[n] = title
     for n, item in enumerate(items):
         where = f"items.{n}"
@@ -59,8 +80,8 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion, encode: Encode | N
             if len(item.vector) != width:
                 raise ValueError(f"{where}.vector: must have {width} elements, got {len(item.vector)}")
             vectors[n] = torch.tensor(item.vector, dtype=torch.float64)
-            if not bool(vectors[n].isfinite().all()):
-                raise ValueError(f"{where}.vector: must be finite in float32")
+            if not float(vectors[n].norm()) <= _MOST:
+                raise ValueError(f"{where}.vector: must have a length of at most {_MOST:g}")
             digest = hashlib.blake2b(vectors[n].numpy().tobytes(), digest_size=16).digest()
             content[n] = torch.frombuffer(bytearray(digest), dtype=torch.uint8)
         if item.mass is not None:
@@ -72,18 +93,6 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion, encode: Encode | N
         titles[n] = titles[n] if item.title is None else item.title
     tokens = {name: _kept(version, name, rows) for name in version.meta.tokens}
     return ItemRows(ids, vectors, mass, known, content, titles, tokens)
-
-
-def _encoded(items: Sequence[ItemIn], which: list[int], encode: Encode | None) -> ItemRows:
-    for n in which:
-        if encode is None:
-            raise ValueError(f"items.{n}.content: this server has no model of items; give vector and mass")
-        if items[n].vector is not None or items[n].mass is not None:
-            raise ValueError(f"items.{n}: content makes vector and mass; give it or them")
-        if "item_id" in (items[n].content or {}):
-            raise ValueError(f"items.{n}.content: the id stands beside it, not in it")
-    assert encode is not None
-    return encode([{"item_id": items[n].id, **(items[n].content or {})} for n in which])
 
 
 def _kept(version: StoreVersion, modality: str, rows: np.ndarray) -> Tokens:

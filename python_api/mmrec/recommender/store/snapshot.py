@@ -136,7 +136,7 @@ class StoreVersion:
                 end = min(begin + _SEARCHED, len(columns))
                 while place < end and (match := pattern.search(data, ends[place], ends[end])) is not None:
                     # The last one that begins there: those before it are empty.
-                    place = int(np.searchsorted(ends, match.start(), "right")) - 1
+                    place = min(int(np.searchsorted(ends, match.start(), "right")) - 1, end - 1)
                     if match.end() <= ends[place + 1]:  # else it reaches into the next one
                         row = place if rows is None else int(rows[place])
                         if rows is not None or not self._is_patched(row):
