@@ -56,6 +56,12 @@ TINY = (
 
 
 @pytest.fixture(scope="session")
+def tiny_options() -> tuple[str, ...]:
+    """Of a training of seconds."""
+    return TINY
+
+
+@pytest.fixture(scope="session")
 def tiny_backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A saved BERT with random weights: 1 layer, width 64 (wide enough for NF4's blocks)."""
     transformers = pytest.importorskip("transformers")

@@ -79,14 +79,12 @@ def test_new_items_are_their_content(mmrec: Mmrec, trained: Path, new_items: Pat
 
 
 def test_a_tuned_adapter_reads_new_items_too(
-    mmrec: Mmrec, generated: Path, tiny_backbone: Path, tmp_path: Path
+    mmrec: Mmrec, generated: Path, tiny_backbone: Path, tiny_options: tuple[str, ...], tmp_path: Path
 ) -> None:
-    from conftest import TINY
-
     out = tmp_path / "tuned"
     mmrec(
         "train", "--data", generated, "--out", out, "--modalities", "identity,text", "--backbone", tiny_backbone,
-        "--quantize", "none", "--lora", 4, "--tune-backbone", "--no-floors", "--no-identity", *TINY,
+        "--quantize", "none", "--lora", 4, "--tune-backbone", "--no-floors", "--no-identity", *tiny_options,
     ).succeeded()  # fmt: skip
     run = open_run(out)
     adapter = [value for name, value in run.tensors.items() if name.startswith("adapter.")]
