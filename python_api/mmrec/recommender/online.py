@@ -8,12 +8,13 @@ import threading
 import time
 from collections.abc import Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from .answers import Answer, HistoryError, answers_of, names_of, rows_of, windows_of
 from .planning import QUANTILES, Costs, How, Plan, Planner
 
 if TYPE_CHECKING:
@@ -28,22 +29,7 @@ __all__ = ["STAGES", "Answer", "HistoryError", "OnlineRecommender", "Reranker"]
 STAGES = ("history", "user", "retrieval", "rerank", "answer")
 
 _GROWN = 2  # a store that has become so many times as large, or as small, has other costs
-_OPEN = How(0, 0, 0.0)
 _NO_COSTS = "budget_ms: what answers cost is not known; set costs, which calibrate measures"
-
-
-class HistoryError(ValueError):
-    """Some of the histories cannot be answered.
-
-    Attributes:
-        why: place of each among those that were given → what is wrong with it.
-    """
-
-    def __init__(self, why: dict[int, str]) -> None:
-        first = min(why)
-        more = f" (and {len(why) - 1} more)" if len(why) > 1 else ""
-        super().__init__(f"histories: history {first} {why[first]}{more}")
-        self.why = why
 
 
 class Reranker(Protocol):
@@ -60,32 +46,6 @@ class Reranker(Protocol):
     ) -> Sequence[Sequence[float]]:
         """A score of each history's candidates, the higher the better. Both are titles, histories oldest first."""
         ...
-
-
-class Answer(NamedTuple):
-    """The best items for one history, best first; as many as there are.
-
-    Attributes:
-        items: ids.
-        titles: of each, "" where there is none.
-        scores: of each, by the retrieval.
-        reranked: scores by the reranker, of the first ones: those that it ranked, and which come first in its order.
-        mass: per item the share of its attention that each modality had, in the order of the model's modalities.
-        known: whether training interacted with the item.
-        unknown: ids of the history that the store does not have; they were left out.
-        version: of the store.
-        how: what was done, and how long that took.
-    """
-
-    items: list[str]
-    titles: list[str]
-    scores: list[float]
-    reranked: list[float]
-    mass: list[list[float]]
-    known: list[bool]
-    unknown: list[str]
-    version: int
-    how: How
 
 
 class OnlineRecommender:
@@ -216,7 +176,7 @@ class OnlineRecommender:
         version, taken = self.version, seconds if seconds is not None else {}
         with torch.inference_mode():
             with _timed(taken, "history"):
-                rows, offsets, unknown = _rows_of(version, histories)
+                rows, offsets, unknown = rows_of(version, histories)
             with _timed(taken, "user"):
                 query = self._states(version, rows, offsets, plan.depth)
             with _timed(taken, "retrieval"):
@@ -231,7 +191,7 @@ class OnlineRecommender:
                 with _timed(taken, "rerank"):
                     best, scores, reranked = self._rerank(version, rows, offsets, best, scores, plan)
             with _timed(taken, "answer"):
-                answers = _answers(version, best[:, :k], scores[:, :k])
+                answers = answers_of(version, best[:, :k], scores[:, :k])
         took = 1e3 * (time.perf_counter() - began)
         if expected is not None and planner is not None:
             planner.learn(took, expected, quantile)
@@ -268,10 +228,10 @@ class OnlineRecommender:
     ) -> tuple[Tensor, Tensor, list[list[float]]]:
         """Ids and scores with the first `plan.rerank` of each row in the order of the reranker, and its scores."""
         assert self.reranker is not None
-        names = [_names(version, rows[max(a, b - plan.depth) : b]) for a, b in itertools.pairwise(offsets.tolist())]
+        names = [names_of(version, rows[max(a, b - plan.depth) : b]) for a, b in itertools.pairwise(offsets.tolist())]
         head = ids[:, : plan.rerank]
         counts = (head >= 0).sum(1).tolist()
-        found = self.reranker(names, [_names(version, row[:n]) for row, n in zip(head, counts, strict=True)])
+        found = self.reranker(names, [names_of(version, row[:n]) for row, n in zip(head, counts, strict=True)])
         order = torch.arange(ids.shape[1]).repeat(len(ids), 1)
         reranked = []
         for row, (again, count) in enumerate(zip(found, counts, strict=True)):
@@ -282,7 +242,7 @@ class OnlineRecommender:
 
     def _states(self, version: StoreVersion, rows: np.ndarray, offsets: np.ndarray, depth: int) -> Tensor:
         """The state after each history's last item, of its last `depth` items."""
-        starts, ends = _windows(version, rows, offsets, depth)
+        starts, ends = windows_of(version, rows, offsets, depth)
         lengths = ends - starts
         if len(lengths) == 1:
             read = rows[starts[0] : ends[0]]
@@ -327,56 +287,3 @@ def _timed(seconds: dict[str, float], stage: str) -> Iterator[None]:
     began = time.perf_counter()
     yield
     seconds[stage] = time.perf_counter() - began
-
-
-def _windows(version: StoreVersion, rows: np.ndarray, offsets: np.ndarray, depth: int) -> tuple[np.ndarray, np.ndarray]:
-    """Where the last `depth` items of each history begin and end: up to its last item, unless the model knows nothing
-    about any of those; then up to the last of which it knows something."""
-    ends = offsets[1:]
-    told = np.concatenate([[0], (version.known(rows) | (version.mass(rows).sum(1) > 0)).numpy().cumsum()])
-    if (told[ends] == told[offsets[:-1]]).any():
-        nothing = np.flatnonzero(told[ends] == told[offsets[:-1]]).tolist()
-        raise HistoryError(dict.fromkeys(nothing, "has no item about which the model knows anything"))
-    silent = told[ends] == told[np.maximum(offsets[:-1], ends - depth)]
-    if silent.any():
-        ends = np.where(silent, np.searchsorted(told, told[ends]), ends)
-    return np.maximum(offsets[:-1], ends - depth), ends
-
-
-def _rows_of(
-    version: StoreVersion, histories: Sequence[Sequence[str]]
-) -> tuple[np.ndarray, np.ndarray, list[list[str]]]:
-    """Rows of all histories end to end, their offsets, and the ids of each that the store does not have."""
-    flat = [item for history in histories for item in history]
-    rows = version.rows(flat)
-    missing = rows < 0
-    lengths = np.array([len(history) for history in histories], np.int64)
-    owner = np.repeat(np.arange(len(histories)), lengths)
-    kept = np.bincount(owner[~missing], minlength=len(histories)) if len(flat) else np.zeros(len(histories), np.int64)
-    if len(histories) and not kept.all():
-        why = {int(n): f"has {lengths[n]} item(s), none of which the store has" for n in np.flatnonzero(kept == 0)}
-        raise HistoryError({n: text if lengths[n] else "is empty" for n, text in why.items()})
-    unknown: list[list[str]] = [[] for _ in histories]
-    for place in np.flatnonzero(missing):
-        unknown[owner[place]].append(flat[place])
-    return rows[~missing], np.concatenate([[0], kept.cumsum()]).astype(np.int64), unknown
-
-
-def _names(version: StoreVersion, rows: np.ndarray | Tensor) -> list[str]:
-    """Titles, or ids where there is none."""
-    titles = version.titles(rows)
-    return titles if all(titles) else [t or i for t, i in zip(titles, version.ids(rows), strict=True)]
-
-
-def _answers(version: StoreVersion, ids: Tensor, scores: Tensor) -> list[Answer]:
-    """What is known of the items themselves; how they were found is left open."""
-    counts = (ids >= 0).sum(1).tolist()
-    rows = ids[ids >= 0]
-    names, titles = version.ids(rows), version.titles(rows)
-    mass, known = version.mass(rows).tolist(), version.known(rows).tolist()
-    values = scores[ids >= 0].tolist()
-    ends = list(itertools.accumulate(counts, initial=0))
-    return [
-        Answer(names[a:b], titles[a:b], values[a:b], [], mass[a:b], known[a:b], [], version.number, _OPEN)
-        for a, b in itertools.pairwise(ends)
-    ]
