@@ -74,6 +74,54 @@ def test_an_image_column_is_used_where_there_is_no_file_by_id(shop: Path, write_
     assert [path and path.name for path in catalogue.images] == ["2.png", "black.png", "10.png"]
 
 
+def test_a_table_names_no_file_outside_its_folder(shop: Path, write_image: Callable[..., Path]) -> None:
+    """Images are shown to whoever asks a server: a catalogue of somebody else's must not show this machine's files."""
+    outside = write_image(shop.parent / "outside.png")
+    (shop / "secret").write_text("no image")
+    (shop / "link.png").symlink_to(outside)
+    named = {"10": str(outside), "9": "../outside.png", "2": "secret", "3": "link.png", "4": "photos/../ok.png"}
+    write_image(shop / "ok.png")
+    (shop / "photos").mkdir(exist_ok=True)
+    rows = "".join(f"{item},t,{path}\n" for item, path in named.items())
+    (shop / "items.csv").write_text("item_id,title,image\n" + rows)
+    for image in (shop / "images").iterdir():
+        image.unlink()
+    for feature in (shop / "features").iterdir():
+        feature.unlink()
+    catalogue = Catalogue.load(shop)
+    found = dict(zip(catalogue.item_ids, catalogue.images, strict=True))
+    assert {item for item, path in found.items() if path is not None} == {"4"}
+
+
+def test_items_alone(shop: Path, write_image: Callable[..., Path]) -> None:
+    """In the roles of another catalogue's schema; columns that are not there are missing values."""
+    schema = Catalogue.load(shop).schema
+    (shop / "interactions.csv").unlink()
+    items = Catalogue.load_items(shop, schema)
+    assert items.item_ids == ["10", "9", "2"] and items.num_users == 0 and not len(items.interactions)
+    assert items.schema == schema and items.items["price"].to_list() == [4.5, 3.0, None]
+    assert [path and path.name for path in items.images] == ["10.png", None, "2.png"]
+    (shop / "items.csv").write_text("item_id,title\nx,New\n")
+    for folder in ("images", "features"):
+        for file in (shop / folder).iterdir():
+            file.unlink()
+    bare = Catalogue.load_items(shop, schema)
+    assert bare.items.columns[0] == "item_id" and bare.items["title"].to_list() == ["New"]
+    assert all(bare.items[column].null_count() == 1 for column in schema.columns if column != "title")
+    part = items.items_part(1, 3)
+    assert part.item_ids == ["9", "2"] and part.features["clip"].values.shape == (2, 2)
+    made = Catalogue.from_items([{"item_id": "x", "title": "New", "tags": ["a", "b"]}], schema)
+    assert made.items["tags"].to_list() == [["a", "b"]] and made.images == [None]
+    for rows, words in (
+        ([{"title": "x"}], "missing column"), ([{"item_id": "a"}, {"item_id": "a"}], "more than once"),
+        ([{"item_id": "a", "colour": "red"}], "no column 'colour'"), ([{"item_id": "a", "price": "dear"}], "'dear'"),
+    ):  # fmt: skip
+        with pytest.raises(CatalogueError, match=words):
+            Catalogue.from_items(rows, schema)
+    with pytest.raises(CatalogueError, match="no items.csv"):
+        Catalogue.load_items(shop / "images", schema)
+
+
 def test_stray_images_are_noted(shop: Path, write_image: Callable[..., Path]) -> None:
     write_image(shop / "images" / "77.png")
     assert Catalogue.load(shop).notes == ("images/: 1 file(s) belong to no item and were left out",)

@@ -1,12 +1,13 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import pytest
 
-from mmrec.adaptation import Catalogue, CatalogueError, Interactions, TableSchema, encode_table
+from mmrec.adaptation import Catalogue, CatalogueError, Interactions, TableFit, TableSchema, encode_table
 
 SCHEMA = TableSchema(numeric=("size", "sales"), categorical=("brand",), multi=("tags",))
 
@@ -105,3 +106,21 @@ def test_the_table_of_a_real_folder(shop: Path) -> None:
     assert arrays.categorical_names == ("brand", "organic")
     assert arrays.categorical.tolist() == [[0, -1], [1, 0], [0, 1]]
     assert arrays.numeric[:, 0].tolist() == [0, -1, 1]
+
+
+def test_another_table_in_the_codes_of_this_one() -> None:
+    """What a run keeps of its table, through JSON, encodes it to the same, and what it does not know to missing."""
+    tags = [["x"], ["y", "x"], None, []]
+    first = table(size=[1.0, 2.0, None, 3.0], sales=[1.0, 1.0, 1.0, 1e6], brand=["b", "a", None, "b"], tags=tags)
+    arrays = encode_table(first)
+    kept = TableFit.from_dict(json.loads(json.dumps(arrays.fit.to_dict())))
+    assert kept == arrays.fit
+    again = encode_table(first, fit=kept)
+    for name in ("numeric", "numeric_mask", "categorical"):
+        assert np.array_equal(getattr(arrays, name), getattr(again, name))
+    assert np.array_equal(again.multi["tags"].values, arrays.multi["tags"].values)
+    other = encode_table(table(size=[3.0], sales=[None], brand=["new"], tags=[["z", "y"]]), fit=kept)
+    assert other.numeric[0, 0] == arrays.numeric[3, 0] and not other.numeric_mask[0, 1]
+    assert other.categorical.tolist() == [[-1]] and other.multi["tags"].values.tolist() == [1]
+    constant = encode_table(table(size=[2.0, 2.0]))
+    assert TableFit.from_dict(json.loads(json.dumps(constant.fit.to_dict()))) == constant.fit
