@@ -98,13 +98,15 @@ class Batcher:
         self._jobs: deque[_Job] = deque()
         self._changed = threading.Condition()
         self._closed = False
+        self._open: set[_Job] = set()  # neither answered nor refused; the event loop's alone
         self._thread = threading.Thread(target=self._run, name="mmrec-batcher", daemon=True)
         self._thread.start()
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for their turn."""
-        return len(self._jobs)
+        """How many requests wait for their turn; to be asked on the event loop. Those that were late do not wait, though
+        the queue has them until their turn."""
+        return sum(not job.taken for job in self._open)
 
     async def recommend(self, request: Request) -> Answered:
         """The answer to a request, once its turn has come.
@@ -120,16 +122,18 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise ClosedError
-            if len(self._jobs) >= self.max_waiting:
+            if self.waiting >= self.max_waiting:
                 raise OverloadedError
             job = _Job(request, future)
             self._jobs.append(job)
             self._changed.notify()
         # By the loop's clock: the thread that answers may be busy for longer.
         timer = loop.call_later(self.timeout, _expire, job)
+        self._open.add(job)
         try:
             return await future
         finally:
+            self._open.discard(job)
             timer.cancel()
 
     def close(self, timeout: float | None = None) -> None:
