@@ -104,8 +104,8 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """How many requests wait for their turn; to be asked on the event loop. Those that were late do not wait, though
-        the queue has them until their turn."""
+        """How many requests wait for their turn; to be asked on the event loop. Those that were late do not wait,
+        though the queue has them until their turn."""
         return sum(not job.taken for job in self._open)
 
     async def recommend(self, request: Request) -> Answered:
