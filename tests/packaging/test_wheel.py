@@ -64,6 +64,7 @@ def test_tag_and_contents(wheel, unpacked):
         "mmrec_kernels/benchmarks/__main__.py",
         "mmrec/__init__.py",
         "mmrec/cli.py",
+        "mmrec/recommender/serving/page.html",
     ]
     expected += ["mmrec/adaptation/readers/movielens.py", "mmrec_kernels/py.typed", "mmrec_kernels/_C.so"]
     if shutil.which("nvcc"):
