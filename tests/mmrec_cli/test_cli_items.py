@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import numpy as np
-import polars
 import pytest
 import torch
 from cli_helpers import Mmrec
@@ -134,7 +133,6 @@ def test_parts_are_as_the_whole(trained: Path, new_items: Path, monkeypatch: pyt
     assert torch.equal(torch.cat([part.content for part in parts]), whole.content)
     with pytest.raises(ValueError, match="the schema that the model was trained with"):
         list(encoder.encode(Catalogue.from_items([{"item_id": "a"}], catalogue.schema.__class__())))
-    assert polars.__version__
 
 
 def test_content_over_http(trained: Path) -> None:

@@ -16,7 +16,7 @@ from fastapi import FastAPI
 from mmrec.recommender import OnlineRecommender
 from mmrec.recommender.serving.run import config
 
-WIDTH = 8
+ITEMS, WIDTH = 300, 8  # of the store behind the fixture `online`
 
 
 class Reversing:

@@ -10,19 +10,10 @@ import pytest
 
 pytest.importorskip("fastapi")
 
-from serving_helpers import Reversing
 
 from mmrec.recommender import Costs, OnlineRecommender, Plan
-from mmrec.recommender.latency import generated
 from mmrec.recommender.planning import QUANTILES, Times
 from mmrec.recommender.serving.batching import Batcher, ClosedError, LateError, OverloadedError, Request
-
-
-@pytest.fixture
-def online():
-    with generated(300, "float32", width=8, history=20) as made:
-        made.reranker = Reversing()
-        yield made
 
 
 class Gate:

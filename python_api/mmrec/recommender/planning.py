@@ -73,7 +73,7 @@ class Times(NamedTuple):
 
 @dataclass(frozen=True)
 class Costs:
-    """What answering costs, as `OnlineRecommender.calibrate` measured it.
+    """What answering costs, as `calibrate` measured it.
 
     Attributes:
         facts: what it was measured with: dtype of the store, threads, the reranker, …
