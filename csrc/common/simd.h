@@ -50,6 +50,9 @@ MMREC_INLINE F64 div(F64 a, F64 b) { return {_mm512_div_pd(a.v, b.v)}; }
 // The larger; b where either is NaN.
 MMREC_INLINE F32 max(F32 a, F32 b) { return {_mm512_max_ps(a.v, b.v)}; }
 MMREC_INLINE F64 max(F64 a, F64 b) { return {_mm512_max_pd(a.v, b.v)}; }
+MMREC_INLINE F32 abs(F32 a) { return {_mm512_abs_ps(a.v)}; }
+// Bit i: not a[i] <= b[i]; true where either is NaN.
+MMREC_INLINE uint32_t not_at_most(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_NLE_UQ); }
 // Bit i: a[i] > b[i]; false where either is NaN.
 MMREC_INLINE uint32_t greater(F32 a, F32 b) { return _mm512_cmp_ps_mask(a.v, b.v, _CMP_GT_OQ); }
 MMREC_INLINE uint32_t greater(F64 a, F64 b) { return _mm512_cmp_pd_mask(a.v, b.v, _CMP_GT_OQ); }
@@ -124,6 +127,10 @@ MMREC_INLINE F32 power_of_two(F32 a) {
 MMREC_INLINE F64 power_of_two(F64 a) {
   return {_mm256_castsi256_pd(
       _mm256_add_epi64(_mm256_slli_epi64(_mm256_castpd_si256(a.v), 52), _mm256_set1_epi64x(int64_t{1023} << 52)))};
+}
+MMREC_INLINE F32 abs(F32 a) { return {_mm256_andnot_ps(_mm256_set1_ps(-0.0f), a.v)}; }
+MMREC_INLINE uint32_t not_at_most(F32 a, F32 b) {
+  return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(a.v, b.v, _CMP_NLE_UQ)));
 }
 MMREC_INLINE uint32_t equal(const int32_t* p, int32_t a) {
   const __m256i values = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));

@@ -42,6 +42,10 @@ MMREC_INLINE void transpose_words(Word* r) {
   }
 }
 MMREC_INLINE F32 as_float(Word a) { return {_mm512_castsi512_ps(a)}; }
+MMREC_INLINE Word every_word(uint32_t bits) { return _mm512_set1_epi32(static_cast<int>(bits)); }
+MMREC_INLINE Word both(Word a, Word b) { return _mm512_and_si512(a, b); }
+MMREC_INLINE Word larger_words(Word a, Word b) { return _mm512_max_epu32(a, b); }
+MMREC_INLINE Word larger_halves(Word a, Word b) { return _mm512_max_epu16(a, b); }
 MMREC_INLINE F32 bf16_low(Word a) { return as_float(_mm512_slli_epi32(a, 16)); }
 MMREC_INLINE F32 bf16_high(Word a) { return as_float(_mm512_and_si512(a, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))); }
 // The four int8 of a word, in order. x + 128 is laid into the mantissa of 2^23 or 2^15, whose last bit is the byte's last bit;
@@ -89,6 +93,10 @@ MMREC_INLINE void transpose_words(Word* r) {
   for (int i = 0; i < 8; ++i) r[i] = t[i];
 }
 MMREC_INLINE F32 as_float(Word a) { return {_mm256_castsi256_ps(a)}; }
+MMREC_INLINE Word every_word(uint32_t bits) { return _mm256_set1_epi32(static_cast<int>(bits)); }
+MMREC_INLINE Word both(Word a, Word b) { return _mm256_and_si256(a, b); }
+MMREC_INLINE Word larger_words(Word a, Word b) { return _mm256_max_epu32(a, b); }
+MMREC_INLINE Word larger_halves(Word a, Word b) { return _mm256_max_epu16(a, b); }
 MMREC_INLINE F32 bf16_low(Word a) { return as_float(_mm256_slli_epi32(a, 16)); }
 MMREC_INLINE F32 bf16_high(Word a) { return as_float(_mm256_and_si256(a, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))); }
 // The four int8 of a word, in order.

@@ -1,135 +1,98 @@
-// One query over int8 items, where the ISA has VNNI: a first pass in integers decides which items are worth their exact score.
+// One query: a first pass decides which items are worth their exact score, by a bound of it.
 //
-// The query is rounded to Q_d · step, Q_d of 8 bits, or of 16 bits in two bytes, 256 · A + B. One load of a row then costs a dot
-// product of bytes or two, and the 16 lanes of 16 rows are summed by a tree. What that sum can be off by is known:
-//     |q·x - step · Q·x|  <=  128 · sum_d |q_d - step · Q_d|                        |x_d| <= 128
-//     |chain - q·x|       <=  D · 2^-24 · 128 · sum_d |q_d|                         the exact score's own rounding
-// and what is lost where numbers become subnormal is far below 2^-120. Items whose score could pass the threshold are scored
-// by the chain of all other paths, 16 rows at a time, so results are the same bits. Eight bits do where their bound is small beside
-// what scores differ by; a query with a few large elements takes sixteen.
+// Along its row, an item's product needs no transposition: every 4 rows' lanes are summed by a tree. That sum and the chain
+// that defines a score have the same products and round them in another order:
+//     |sum - chain|  <=  2 · (D + 8) · 2^-24 · sum_d |q_d| · max |x|                  the largest of a panel's elements
+// and what is lost where numbers become subnormal is far below 2^-110. Items whose score could pass the threshold are scored
+// by the chain of all other paths, so results are the same bits.
 #pragma once
 
 #include "panel.h"
 
-#if defined(__AVX512VNNI__)
+#if defined(__AVX2__)
 
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
 
-struct RoundedQuery {
-  // Sums of |Q_d| · 255 fit 32 bits up to here.
-  static constexpr int64_t kMaxWidth = 256;
-
-  alignas(64) int8_t high[kMaxWidth], low[kMaxWidth];  // A, B; or Q and nothing; zeros behind the width
-  int bytes;                                           // of Q_d
-  int32_t offset;                                      // 128 · sum of Q, as bytes are read as x + 128
-  float step, margin;
-
-  // `query` has a column every kQueryGroup floats. False: nothing to be gained or not representable.
-  bool round(const float* query, int64_t width) {
-    if (width > kMaxWidth) return false;
-    float largest = 0;
-    double squares = 0;
-    for (int64_t d = 0; d < width; ++d) {
-      const float size = __builtin_fabsf(query[d * kQueryGroup]);
-      if (!(size < 1e30f)) return false;
-      largest = size > largest ? size : largest;
-      squares += static_cast<double>(size) * size;
-    }
-    if (largest < 1e-25f) return false;
-    // Elements of a row whose largest is 127 are about 45 in the mean square if they are normal: scores differ by |q| times that.
-    round(query, width, largest / 127, 1);
-    const double most = 16 * __builtin_sqrt(squares);
-    if (margin > most) round(query, width, largest / 32512, 2);
-    return true;
-  }
-
- private:
-  void round(const float* query, int64_t width, float to, int of_bytes) {
-    step = to;
-    bytes = of_bytes;
-    std::memset(high, 0, sizeof(high));
-    std::memset(low, 0, sizeof(low));
-    int32_t sum = 0;
-    double missed = 0, total = 0;
-    for (int64_t d = 0; d < width; ++d) {
-      const double q = query[d * kQueryGroup];
-      const int32_t rounded = static_cast<int32_t>(__builtin_rint(q / step));
-      const int32_t upper = bytes == 1 ? rounded : (rounded + 128) >> 8;
-      high[d] = static_cast<int8_t>(upper);
-      low[d] = static_cast<int8_t>(bytes == 1 ? 0 : rounded - 256 * upper);
-      sum += rounded;
-      missed += __builtin_fabs(q - static_cast<double>(step) * rounded);
-      total += __builtin_fabs(q);
-    }
-    offset = 128 * sum;
-    margin = static_cast<float>(1.01 * 128 * (missed + static_cast<double>(width + 8) * 0x1p-24 * total));
-  }
-};
-
-// Of 4 vectors, in each group of 4 lanes the sums of that group.
-MMREC_INLINE __m512i sum_groups(const __m512i* rows) {
-  const __m512i first = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[0], rows[1]), _mm512_unpackhi_epi32(rows[0], rows[1]));
-  const __m512i second = _mm512_add_epi32(_mm512_unpacklo_epi32(rows[2], rows[3]), _mm512_unpackhi_epi32(rows[2], rows[3]));
-  return _mm512_add_epi32(_mm512_unpacklo_epi64(first, second), _mm512_unpackhi_epi64(first, second));
-}
-
-MMREC_INLINE __m512i add_groups(__m512i a, __m512i b) {
-  return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
-}
-
-// Q·x of the 16 rows of vector v of a panel; a row has kBlocks vectors, of the last of which only the bits of `end` count.
-template <int kBlocks, int kBytes>
-MMREC_INLINE __m512i dot(const Panel<float>& panel, const RoundedQuery& query, int v, __mmask64 end) {
+// The rows of vector v of a panel that may pass `threshold`, as bits, whose products are `product` give or take `margin`.
+MMREC_INLINE uint32_t may_pass(const TopkScan<float>& scan, const Panel<float>& panel, int v, F32 product, F32 margin,
+                               float threshold) {
   constexpr int kLanes = F32::kLanes;
-  const char* const* rows = panel.rows + v * kLanes;
-  const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i groups[4];
-  for (int g = 0; g < 4; ++g) {
-    __m512i sums[4];
-    for (int i = 0; i < 4; ++i) {
-      const char* row = rows[4 * g + i];
-      __m512i upper = _mm512_setzero_si512(), lower = upper;
-      for (int b = 0; b < kBlocks; ++b) {
-        const __m512i x = b + 1 < kBlocks ? load_words(row + 64 * b) : _mm512_maskz_loadu_epi8(end, row + 64 * b);
-        const __m512i bytes = _mm512_xor_si512(x, to_unsigned);
-        upper = _mm512_dpbusd_epi32(upper, bytes, _mm512_load_si512(query.high + 64 * b));
-        if (kBytes == 2) lower = _mm512_dpbusd_epi32(lower, bytes, _mm512_load_si512(query.low + 64 * b));
-      }
-      sums[i] = kBytes == 2 ? _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower) : upper;
-    }
-    groups[g] = sum_groups(sums);
-  }
-  const __m512i sum = add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
-  return _mm512_sub_epi32(sum, _mm512_set1_epi32(query.offset));
-}
-
-// The rows of vector v of a panel that may pass `threshold`, as bits.
-template <int kBlocks, int kBytes>
-MMREC_INLINE uint32_t may_pass(const TopkScan<float>& scan, const Panel<float>& panel, const RoundedQuery& query,
-                               int v, __mmask64 end, float threshold) {
-  constexpr int kLanes = F32::kLanes;
-  F32 score = mul({_mm512_cvtepi32_ps(dot<kBlocks, kBytes>(panel, query, v, end))}, broadcast(query.step));
-  F32 margin = broadcast(query.margin);
+  F32 score = product;
   if (scan.scales != nullptr) {
     const F32 scale = load(panel.scale + v * kLanes);
     score = mul(score, scale);
-    margin = mul(margin, {_mm512_abs_ps(scale.v)});
+    margin = mul(margin, abs(scale));
   }
-  margin = add(margin, broadcast(0x1p-120f));
-  F32 size = {_mm512_abs_ps(score.v)};
-  __mmask16 removed = 0;
+  margin = add(margin, broadcast(0x1p-110f));
+  F32 size = abs(score);
+  uint32_t removed = 0;
   if (scan.bias != nullptr) {
     const F32 bias = load(panel.bias + v * kLanes);
     score = add(score, bias);
-    size = add(size, {_mm512_abs_ps(bias.v)});
-    removed = _mm512_cmp_ps_mask(bias.v, _mm512_set1_ps(-__builtin_inff()), _CMP_EQ_OQ);
+    size = add(size, abs(bias));
+    removed = same(bias, broadcast(-__builtin_inff()));
   }
   // The roundings of these lines and of the exact score's scale and bias are a few units in the last place.
   const F32 bound = add(score, fma(size, broadcast(0x1p-20f), margin));
-  const __mmask16 passing = _mm512_cmp_ps_mask(bound.v, broadcast(threshold).v, _CMP_NLE_UQ);  // NaN may pass
-  return static_cast<__mmask16>(passing & ~removed);
+  return not_at_most(bound, broadcast(threshold)) & ~removed;  // NaN may pass
+}
+
+// A query for products along rows.
+struct RowQuery {
+  const float* values;  // [ceil(words / kLanes)][kPerWord][kLanes]: column w · kPerWord + c of the row at [w / kLanes][c][w % kLanes]
+  float rounding;       // what a product can be off by, over the largest |x|
+
+  // Infinite where sums might overflow on one way and not on the other.
+  float margin(float largest) const {
+    const float margin = rounding * largest;
+    return margin < 1e30f ? margin : __builtin_inff();
+  }
+
+  // Into the room of a panel, which has kMaxPanelRows floats per step.
+  template <ItemType type>
+  static RowQuery of(const TopkScan<float>& scan, float* room) {
+    constexpr int kLanes = F32::kLanes, kPerWord = Columns<type>::kPerWord;
+    static_assert(kLanes * kPerWord <= kMaxPanelRows);
+    const int64_t block = kLanes * kPerWord, blocks = divide_up(scan.steps, block);
+    std::memset(room, 0, static_cast<size_t>(blocks * block) * sizeof(float));
+    double total = 0;
+    for (int64_t step = 0; step < scan.steps; ++step) {
+      const int64_t at = step % block;
+      const float q = scan.queries[step * kQueryGroup];
+      std::memcpy(room + (step / block) * block + (at % kPerWord) * kLanes + at / kPerWord, &q, sizeof(q));
+      total += Columns<type>::Step::size(q);
+    }
+    return {room, static_cast<float>(1.01 * 2 * static_cast<double>(scan.width + 8) * 0x1p-24 * total)};
+  }
+};
+
+// Products of kLanes rows with a query, and in `most` the largest of |x| so far.
+template <ItemType type>
+MMREC_INLINE F32 row_products(const RowQuery& query, int64_t bytes, const char* const* rows, Word& most) {
+  constexpr int kLanes = F32::kLanes, kPerWord = Columns<type>::kPerWord;
+  alignas(64) float sums[kLanes];
+  for (int i = 0; i < kLanes; i += 4) {
+    F32 acc[4];
+#pragma GCC unroll 4
+    for (int r = 0; r < 4; ++r) {
+      const char* const at = rows[i + r];
+      const float* q = query.values;
+      acc[r] = broadcast(0.0f);
+      const auto add = [&](Word words) __attribute__((always_inline)) {
+        F32 x[kPerWord];
+        Columns<type>::widen(words, x);
+        for (int c = 0; c < kPerWord; ++c, q += kLanes) acc[r] = Columns<type>::Step::add(x[c], load(q), acc[r]);
+        most = Columns<type>::larger(words, most);
+      };
+      int64_t offset = 0;
+      for (; offset + 4 * kLanes <= bytes; offset += 4 * kLanes) add(load_words(at + offset));
+      if (offset < bytes) add(load_words(at + offset, bytes - offset));
+    }
+    _mm_store_ps(sums + i, four_sums(acc[0], acc[1], acc[2], acc[3]));
+  }
+  return load(sums);
 }
 
 }  // namespace

@@ -74,7 +74,16 @@ void find_rows(const TopkScan<T>& scan, int64_t first, Panel<T>& panel) {
 }
 
 #if defined(__AVX2__)
-// What a word of a row is to the scan: kPerWord columns, each multiplied as `Step` says.
+template <typename Bits>
+MMREC_INLINE Bits largest(Word words) {
+  Bits all[sizeof(words) / sizeof(Bits)], most = 0;
+  std::memcpy(all, &words, sizeof(all));
+  for (const Bits one : all) most = one > most ? one : most;
+  return most;
+}
+
+// What a word of a row is to the scan: kPerWord columns, each multiplied as `Step` says. `larger` and `size` find the largest
+// |x|: their bits are in the same order as integers, with NaN above all.
 template <ItemType type>
 struct Columns;
 template <>
@@ -82,9 +91,24 @@ struct Columns<ItemType::kFloat32> {
   using Step = Multiply;
   static constexpr int kPerWord = 1;
   MMREC_INLINE static void widen(Word word, F32* out) { out[0] = as_float(word); }
+  MMREC_INLINE static Word larger(Word word, Word most) {
+    return larger_words(both(word, every_word(0x7fffffff)), most);
+  }
+  MMREC_INLINE static float size(Word most) {
+    const uint32_t bits = largest<uint32_t>(most);
+    float value;
+    std::memcpy(&value, &bits, sizeof(value));
+    return value;
+  }
+};
+struct BFloat16Sizes {
+  MMREC_INLINE static Word larger(Word word, Word most) {
+    return larger_halves(both(word, every_word(0x7fff7fff)), most);
+  }
+  MMREC_INLINE static float size(Word most) { return mmrec::MMREC_ISA::widen(BFloat16{largest<uint16_t>(most)}); }
 };
 template <>
-struct Columns<ItemType::kBFloat16> {
+struct Columns<ItemType::kBFloat16> : BFloat16Sizes {
   using Step = Multiply;
   static constexpr int kPerWord = 2;
   MMREC_INLINE static void widen(Word word, F32* out) {
@@ -97,10 +121,12 @@ struct Columns<ItemType::kInt8> {
   using Step = Multiply;
   static constexpr int kPerWord = 4;
   MMREC_INLINE static void widen(Word word, F32* out) { int8_columns(word, out); }
+  MMREC_INLINE static Word larger(Word, Word most) { return most; }
+  MMREC_INLINE static float size(Word) { return 128; }
 };
 #if defined(__AVX512BF16__)
 template <>
-struct Columns<ItemType::kBFloat16Pairs> {
+struct Columns<ItemType::kBFloat16Pairs> : BFloat16Sizes {
   using Step = MultiplyPairs;
   static constexpr int kPerWord = 1;
   MMREC_INLINE static void widen(Word word, F32* out) { out[0] = as_float(word); }

@@ -6,13 +6,12 @@
 // A score is one such chain over d, whatever the batch: its bits depend on its query and its item only. Fewer queries take
 // the same sums from the transposed registers: a panel would be written and read only once.
 // Where the ISA multiplies pairs of bfloat16 and both sides are bfloat16, a step of the chain is a pair.
-// One query over int8 items is scored in full only where a bound of its score passes (first_pass.h).
+// One query scores in full only those items for which a bound of their score passes (first_pass.h, rounded_query.h).
 // The epilogue compares a vector of scores with the query's running threshold; almost always nothing passes.
 //
 // Reads: items once (N·D elements), queries from L2 once per panel. Flops 2·B·N·D. Writes: candidates only.
 
-#include "first_pass.h"
-#include "panel.h"
+#include "rounded_query.h"
 #include "selection.h"
 
 namespace mmrec {
@@ -160,41 +159,66 @@ void scan_rows(const TopkScan<float>& scan, Panel<float>& panel) {
   }
 }
 
+// Scores in full, of vector v of a panel, only what may be among the best.
+template <ItemType type>
+MMREC_INLINE void keep_passing(const TopkScan<float>& scan, const Panel<float>& panel, int v, F32 product, F32 margin) {
+  Selection<float>& selection = scan.selections[0];
+  if (__builtin_expect(may_pass(scan, panel, v, product, margin, selection.threshold) == 0, 1)) return;
+  F32 exact[1];
+  score_rows<1, type>(scan, panel, v, exact);
+  keep(scan, panel, selection, exact[0], v);
+}
+
+template <ItemType type>
+void scan_by_rows(const TopkScan<float>& scan, Panel<float>& panel) {
+  constexpr int kLanes = F32::kLanes;
+  const int64_t bytes = scan.width * item_bytes(type);
+  const RowQuery query = RowQuery::of<type>(scan, scan.panel);
+  for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
+    find_rows(scan, first, panel);
+    F32 products[kVectors];
+    Word most = every_word(0);
+    for (int v = 0; v < kVectors; ++v) {
+      products[v] = row_products<type>(query, bytes, panel.rows + v * kLanes, most);
+    }
+    const F32 margin = broadcast(query.margin(Columns<type>::size(most)));
+    for (int v = 0; v < kVectors; ++v) keep_passing<type>(scan, panel, v, products[v], margin);
+  }
+}
+
 #if defined(__AVX512VNNI__)
 template <int kBlocks, int kBytes>
-void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
+void scan_rounded(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
   const __mmask64 end = ~__mmask64{0} >> (64 * kBlocks - scan.width);
-  Selection<float>& selection = scan.selections[0];
+  const F32 margin = broadcast(query.margin);
   for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
     find_rows(scan, first, panel);
     for (int v = 0; v < kVectors; ++v) {
-      if (may_pass<kBlocks, kBytes>(scan, panel, query, v, end, selection.threshold) == 0) continue;
-      F32 exact[1];
-      score_rows<1, ItemType::kInt8>(scan, panel, v, exact);
-      keep(scan, panel, selection, exact[0], v);
+      const F32 product = mul({_mm512_cvtepi32_ps(dot<kBlocks, kBytes>(panel, query, v, end))}, broadcast(query.step));
+      keep_passing<ItemType::kInt8>(scan, panel, v, product, margin);
     }
   }
 }
 
 template <int kBytes>
-void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
+void scan_rounded(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
   switch ((scan.width + 63) / 64) {
     case 1:
-      return scan_passing<1, kBytes>(scan, panel, query);
+      return scan_rounded<1, kBytes>(scan, panel, query);
     case 2:
-      return scan_passing<2, kBytes>(scan, panel, query);
+      return scan_rounded<2, kBytes>(scan, panel, query);
     case 3:
-      return scan_passing<3, kBytes>(scan, panel, query);
+      return scan_rounded<3, kBytes>(scan, panel, query);
     default:
-      return scan_passing<4, kBytes>(scan, panel, query);
+      return scan_rounded<4, kBytes>(scan, panel, query);
   }
 }
 
-// False if the first pass does not apply.
-bool try_first_pass(const TopkScan<float>& scan, Panel<float>& panel) {
+// False if the query cannot be rounded.
+bool try_rounded(const TopkScan<float>& scan, Panel<float>& panel) {
   RoundedQuery query;
   if (scan.num_queries != 1 || !query.round(scan.queries, scan.width)) return false;
-  query.bytes == 1 ? scan_passing<1>(scan, panel, query) : scan_passing<2>(scan, panel, query);
+  query.bytes == 1 ? scan_rounded<1>(scan, panel, query) : scan_rounded<2>(scan, panel, query);
   return true;
 }
 #endif
@@ -203,7 +227,7 @@ template <ItemType type>
 void scan_words(const TopkScan<float>& scan, Panel<float>& panel) {
   switch (scan.num_queries) {
     case 1:
-      return scan_rows<1, type>(scan, panel);
+      return scan_by_rows<type>(scan, panel);
     case 2:
       return scan_rows<2, type>(scan, panel);
     case 3:
@@ -242,7 +266,7 @@ void topk_scan(const TopkScan<float>& scan) {
       return scan_words<ItemType::kBFloat16>(scan, panel);
     default:
 #if defined(__AVX512VNNI__)
-      if (try_first_pass(scan, panel)) return;
+      if (try_rounded(scan, panel)) return;
 #endif
       return scan_words<ItemType::kInt8>(scan, panel);
 #else
