@@ -15,21 +15,27 @@ namespace mmrec {
 namespace MMREC_ISA {
 namespace {
 
-// The rows of vector v of a panel that may pass `threshold`, as bits, whose products are `product` give or take `margin`.
-MMREC_INLINE uint32_t may_pass(const TopkScan<float>& scan, const Panel<float>& panel, int v, F32 product, F32 margin,
-                               float threshold) {
-  constexpr int kLanes = F32::kLanes;
+// Rows that lie at one distance from each other; [i] is where row i begins.
+struct Stepped {
+  const char* first;
+  int64_t step;
+  MMREC_INLINE const char* operator[](int i) const { return first + i * step; }
+};
+
+// The rows of a vector that may pass `threshold`, as bits, whose products are `product` give or take `margin`. Scales and
+// biases may be null.
+MMREC_INLINE uint32_t may_pass(F32 product, F32 margin, const float* scales, const float* biases, float threshold) {
   F32 score = product;
-  if (scan.scales != nullptr) {
-    const F32 scale = load(panel.scale + v * kLanes);
+  if (scales != nullptr) {
+    const F32 scale = load(scales);
     score = mul(score, scale);
     margin = mul(margin, abs(scale));
   }
   margin = add(margin, broadcast(0x1p-110f));
   F32 size = abs(score);
   uint32_t removed = 0;
-  if (scan.bias != nullptr) {
-    const F32 bias = load(panel.bias + v * kLanes);
+  if (biases != nullptr) {
+    const F32 bias = load(biases);
     score = add(score, bias);
     size = add(size, abs(bias));
     removed = same(bias, broadcast(-__builtin_inff()));
@@ -39,21 +45,14 @@ MMREC_INLINE uint32_t may_pass(const TopkScan<float>& scan, const Panel<float>& 
   return not_at_most(bound, broadcast(threshold)) & ~removed;  // NaN may pass
 }
 
-// A query for products along rows.
-struct RowQuery {
-  const float* values;  // [ceil(words / kLanes)][kPerWord][kLanes]: column w · kPerWord + c of the row at [w / kLanes][c][w % kLanes]
-  float rounding;       // what a product can be off by, over the largest |x|
+// Products of rows of floating point, by float32 sums along them.
+template <ItemType type>
+class RowProducts {
+ public:
+  static constexpr int kLanes = F32::kLanes, kPerWord = Columns<type>::kPerWord;
 
-  // Infinite where sums might overflow on one way and not on the other.
-  float margin(float largest) const {
-    const float margin = rounding * largest;
-    return margin < 1e30f ? margin : __builtin_inff();
-  }
-
-  // Into the room of a panel, which has kMaxPanelRows floats per step.
-  template <ItemType type>
-  static RowQuery of(const TopkScan<float>& scan, float* room) {
-    constexpr int kLanes = F32::kLanes, kPerWord = Columns<type>::kPerWord;
+  // `room` is that of a panel, which has kMaxPanelRows floats per step.
+  RowProducts(const TopkScan<float>& scan, float* room) : query_(room), bytes_(scan.width * item_bytes(type)) {
     static_assert(kLanes * kPerWord <= kMaxPanelRows);
     const int64_t block = kLanes * kPerWord, blocks = divide_up(scan.steps, block);
     std::memset(room, 0, static_cast<size_t>(blocks * block) * sizeof(float));
@@ -64,36 +63,47 @@ struct RowQuery {
       std::memcpy(room + (step / block) * block + (at % kPerWord) * kLanes + at / kPerWord, &q, sizeof(q));
       total += Columns<type>::Step::size(q);
     }
-    return {room, static_cast<float>(1.01 * 2 * static_cast<double>(scan.width + 8) * 0x1p-24 * total)};
+    rounding_ = static_cast<float>(1.01 * 2 * static_cast<double>(scan.width + 8) * 0x1p-24 * total);
   }
-};
 
-// Products of kLanes rows with a query, and in `most` the largest of |x| so far.
-template <ItemType type>
-MMREC_INLINE F32 row_products(const RowQuery& query, int64_t bytes, const char* const* rows, Word& most) {
-  constexpr int kLanes = F32::kLanes, kPerWord = Columns<type>::kPerWord;
-  alignas(64) float sums[kLanes];
-  for (int i = 0; i < kLanes; i += 4) {
-    F32 acc[4];
+  // Of a panel's rows; what each of them can be off by.
+  template <typename Rows>
+  MMREC_INLINE F32 operator()(const Rows& rows, F32 (&products)[kVectors]) const {
+    alignas(64) float sums[kVectors * kLanes];
+    Word most = every_word(0);
+    for (int i = 0; i < kVectors * kLanes; i += 4) {
+      F32 acc[4];
 #pragma GCC unroll 4
-    for (int r = 0; r < 4; ++r) {
-      const char* const at = rows[i + r];
-      const float* q = query.values;
-      acc[r] = broadcast(0.0f);
-      const auto add = [&](Word words) __attribute__((always_inline)) {
-        F32 x[kPerWord];
-        Columns<type>::widen(words, x);
-        for (int c = 0; c < kPerWord; ++c, q += kLanes) acc[r] = Columns<type>::Step::add(x[c], load(q), acc[r]);
-        most = Columns<type>::larger(words, most);
-      };
-      int64_t offset = 0;
-      for (; offset + 4 * kLanes <= bytes; offset += 4 * kLanes) add(load_words(at + offset));
-      if (offset < bytes) add(load_words(at + offset, bytes - offset));
+      for (int r = 0; r < 4; ++r) acc[r] = row_sums(rows[i + r], most);
+      _mm_store_ps(sums + i, four_sums(acc[0], acc[1], acc[2], acc[3]));
     }
-    _mm_store_ps(sums + i, four_sums(acc[0], acc[1], acc[2], acc[3]));
+    for (int v = 0; v < kVectors; ++v) products[v] = load(sums + v * kLanes);
+    const float margin = rounding_ * Columns<type>::size(most);
+    // Sums that might overflow could do so on one way and not on the other.
+    return broadcast(margin < 1e30f ? margin : __builtin_inff());
   }
-  return load(sums);
-}
+
+ private:
+  // Sums of every kLanes-th word's products, and in `most` the largest |x| so far.
+  MMREC_INLINE F32 row_sums(const char* row, Word& most) const {
+    F32 acc = broadcast(0.0f);
+    const float* q = query_;
+    const auto add = [&](Word words) __attribute__((always_inline)) {
+      F32 x[kPerWord];
+      Columns<type>::widen(words, x);
+      for (int c = 0; c < kPerWord; ++c, q += kLanes) acc = Columns<type>::Step::add(x[c], load(q), acc);
+      most = Columns<type>::larger(words, most);
+    };
+    int64_t offset = 0;
+    for (; offset + 4 * kLanes <= bytes_; offset += 4 * kLanes) add(load_words(row + offset));
+    if (offset < bytes_) add(load_words(row + offset, bytes_ - offset));
+    return acc;
+  }
+
+  const float* query_;  // [ceil(words / kLanes)][kPerWord][kLanes]: what meets column c of word w at [w / kLanes][c][w % kLanes]
+  int64_t bytes_;       // of a row
+  float rounding_;      // what a product can be off by, over the largest |x|
+};
 
 }  // namespace
 }  // namespace MMREC_ISA

@@ -77,31 +77,49 @@ MMREC_INLINE __m512i add_groups(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
-// Q·x of the 16 rows of vector v of a panel; a row has kBlocks vectors, of the last of which only the bits of `end` count.
+// Products of rows of kBlocks vectors each, with a query of kBytes.
 template <int kBlocks, int kBytes>
-MMREC_INLINE __m512i dot(const Panel<float>& panel, const RoundedQuery& query, int v, __mmask64 end) {
-  constexpr int kLanes = F32::kLanes;
-  const char* const* rows = panel.rows + v * kLanes;
-  const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
-  __m512i groups[4];
-  for (int g = 0; g < 4; ++g) {
-    __m512i sums[4];
-    for (int i = 0; i < 4; ++i) {
-      const char* row = rows[4 * g + i];
-      __m512i upper = _mm512_setzero_si512(), lower = upper;
-      for (int b = 0; b < kBlocks; ++b) {
-        const __m512i x = b + 1 < kBlocks ? load_words(row + 64 * b) : _mm512_maskz_loadu_epi8(end, row + 64 * b);
-        const __m512i bytes = _mm512_xor_si512(x, to_unsigned);
-        upper = _mm512_dpbusd_epi32(upper, bytes, _mm512_load_si512(query.high + 64 * b));
-        if (kBytes == 2) lower = _mm512_dpbusd_epi32(lower, bytes, _mm512_load_si512(query.low + 64 * b));
+class RoundedProducts {
+ public:
+  RoundedProducts(const RoundedQuery& query, int64_t width)
+      : query_(query), end_(~__mmask64{0} >> (64 * kBlocks - width)) {}
+
+  // Of a panel's rows; what each of them can be off by.
+  template <typename Rows>
+  MMREC_INLINE F32 operator()(const Rows& rows, F32 (&products)[kVectors]) const {
+    for (int v = 0; v < kVectors; ++v) {
+      __m512i groups[4];
+#pragma GCC unroll 1
+      for (int g = 0; g < 4; ++g) {
+        __m512i sums[4];
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; ++i) sums[i] = row_sums(rows[v * F32::kLanes + 4 * g + i]);
+        groups[g] = sum_groups(sums);
       }
-      sums[i] = kBytes == 2 ? _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower) : upper;
+      const __m512i sum = add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
+      const __m512i product = _mm512_sub_epi32(sum, _mm512_set1_epi32(query_.offset));
+      products[v] = mul({_mm512_cvtepi32_ps(product)}, broadcast(query_.step));
     }
-    groups[g] = sum_groups(sums);
+    return broadcast(query_.margin);
   }
-  const __m512i sum = add_groups(add_groups(groups[0], groups[1]), add_groups(groups[2], groups[3]));
-  return _mm512_sub_epi32(sum, _mm512_set1_epi32(query.offset));
-}
+
+ private:
+  // Of every fourth column; only the bits of end_ count of the last vector.
+  MMREC_INLINE __m512i row_sums(const char* row) const {
+    const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
+    __m512i upper = _mm512_setzero_si512(), lower = upper;
+    for (int b = 0; b < kBlocks; ++b) {
+      const __m512i x = b + 1 < kBlocks ? load_words(row + 64 * b) : _mm512_maskz_loadu_epi8(end_, row + 64 * b);
+      const __m512i bytes = _mm512_xor_si512(x, to_unsigned);
+      upper = _mm512_dpbusd_epi32(upper, bytes, _mm512_load_si512(query_.high + 64 * b));
+      if (kBytes == 2) lower = _mm512_dpbusd_epi32(lower, bytes, _mm512_load_si512(query_.low + 64 * b));
+    }
+    return kBytes == 2 ? _mm512_add_epi32(_mm512_slli_epi32(upper, 8), lower) : upper;
+  }
+
+  const RoundedQuery& query_;
+  __mmask64 end_;
+};
 
 }  // namespace
 }  // namespace MMREC_ISA

@@ -159,58 +159,53 @@ void scan_rows(const TopkScan<float>& scan, Panel<float>& panel) {
   }
 }
 
-// Scores in full, of vector v of a panel, only what may be among the best.
-template <ItemType type>
-MMREC_INLINE void keep_passing(const TopkScan<float>& scan, const Panel<float>& panel, int v, F32 product, F32 margin) {
+// One query: `products_of` gives a panel's products, give or take a margin, and only those rows are scored in full that may be
+// among the best.
+template <ItemType type, typename Products>
+void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const Products& products_of) {
+  constexpr int kLanes = F32::kLanes, kRows = kPanelRows<float>;
   Selection<float>& selection = scan.selections[0];
-  if (__builtin_expect(may_pass(scan, panel, v, product, margin, selection.threshold) == 0, 1)) return;
-  F32 exact[1];
-  score_rows<1, type>(scan, panel, v, exact);
-  keep(scan, panel, selection, exact[0], v);
-}
-
-template <ItemType type>
-void scan_by_rows(const TopkScan<float>& scan, Panel<float>& panel) {
-  constexpr int kLanes = F32::kLanes;
-  const int64_t bytes = scan.width * item_bytes(type);
-  const RowQuery query = RowQuery::of<type>(scan, scan.panel);
-  for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
-    find_rows(scan, first, panel);
-    F32 products[kVectors];
-    Word most = every_word(0);
-    for (int v = 0; v < kVectors; ++v) {
-      products[v] = row_products<type>(query, bytes, panel.rows + v * kLanes, most);
+  const int64_t step = scan.row_stride * item_bytes(type);
+  for (int64_t first = scan.begin; first < scan.end; first += kRows) {
+    const bool in_order = scan.ids == nullptr && scan.end - first >= kRows;
+    F32 products[kVectors], margin;
+    if (in_order) {
+      margin = products_of(Stepped{static_cast<const char*>(scan.items) + first * step, step}, products);
+    } else {
+      find_rows(scan, first, panel);
+      margin = products_of(panel.rows, products);
     }
-    const F32 margin = broadcast(query.margin(Columns<type>::size(most)));
-    for (int v = 0; v < kVectors; ++v) keep_passing<type>(scan, panel, v, products[v], margin);
+    const auto of_row = [&](const float* all, const float* here) { return all == nullptr ? nullptr : in_order ? all + first : here; };
+    const float* const scales = of_row(scan.scales, panel.scale);
+    const float* const biases = of_row(scan.bias, panel.bias);
+    bool found = !in_order;
+    for (int v = 0; v < kVectors; ++v) {
+      const int row = v * kLanes;
+      const uint32_t passing = may_pass(products[v], margin, scales == nullptr ? nullptr : scales + row,
+                                        biases == nullptr ? nullptr : biases + row, selection.threshold);
+      if (__builtin_expect(passing == 0, 1)) continue;
+      if (!found) find_rows(scan, first, panel);
+      found = true;
+      F32 exact[1];
+      score_rows<1, type>(scan, panel, v, exact);
+      keep(scan, panel, selection, exact[0], v);
+    }
   }
 }
 
 #if defined(__AVX512VNNI__)
-template <int kBlocks, int kBytes>
-void scan_rounded(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
-  const __mmask64 end = ~__mmask64{0} >> (64 * kBlocks - scan.width);
-  const F32 margin = broadcast(query.margin);
-  for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
-    find_rows(scan, first, panel);
-    for (int v = 0; v < kVectors; ++v) {
-      const F32 product = mul({_mm512_cvtepi32_ps(dot<kBlocks, kBytes>(panel, query, v, end))}, broadcast(query.step));
-      keep_passing<ItemType::kInt8>(scan, panel, v, product, margin);
-    }
-  }
-}
-
 template <int kBytes>
 void scan_rounded(const TopkScan<float>& scan, Panel<float>& panel, const RoundedQuery& query) {
+  constexpr auto kInt8 = ItemType::kInt8;
   switch ((scan.width + 63) / 64) {
     case 1:
-      return scan_rounded<1, kBytes>(scan, panel, query);
+      return scan_passing<kInt8>(scan, panel, RoundedProducts<1, kBytes>(query, scan.width));
     case 2:
-      return scan_rounded<2, kBytes>(scan, panel, query);
+      return scan_passing<kInt8>(scan, panel, RoundedProducts<2, kBytes>(query, scan.width));
     case 3:
-      return scan_rounded<3, kBytes>(scan, panel, query);
+      return scan_passing<kInt8>(scan, panel, RoundedProducts<3, kBytes>(query, scan.width));
     default:
-      return scan_rounded<4, kBytes>(scan, panel, query);
+      return scan_passing<kInt8>(scan, panel, RoundedProducts<4, kBytes>(query, scan.width));
   }
 }
 
@@ -227,7 +222,7 @@ template <ItemType type>
 void scan_words(const TopkScan<float>& scan, Panel<float>& panel) {
   switch (scan.num_queries) {
     case 1:
-      return scan_by_rows<type>(scan, panel);
+      return scan_passing<type>(scan, panel, RowProducts<type>(scan, scan.panel));
     case 2:
       return scan_rows<2, type>(scan, panel);
     case 3:
