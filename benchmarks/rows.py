@@ -65,7 +65,8 @@ class Comparison:
     """One case: our best provider against the best peer and against the machine.
 
     `speedup`: the best peer's median over ours, so that above 1 we are faster; None without a peer. `over_floor`: our
-    median over `floor_ms`, the time of the roofline. `calls`: how many timed calls each provider's quantiles are of.
+    median over `floor_ms`, the time of the roofline; `read_ms`: the median of a plain read of the case's
+    bytes, timed among the providers. `calls`: how many timed calls each provider's quantiles are of.
     """
 
     op: str
@@ -78,6 +79,7 @@ class Comparison:
     speedup: float | None
     floor_ms: float
     over_floor: float
+    read_ms: float
     calls: dict[str, int]
 
 
@@ -112,7 +114,12 @@ class Report:
 
 
 def compare(
-    rows: list[Row], ours: set[str], floor_ms: float, calls: dict[str, int], yardsticks: Collection[str] = ()
+    rows: list[Row],
+    ours: set[str],
+    floor_ms: float,
+    read_ms: float,
+    calls: dict[str, int],
+    yardsticks: Collection[str] = (),
 ) -> Comparison:
     """The rows of one case, at least one of which is named in `ours`; the fastest of ours stands for us."""
     own = min((r for r in rows if r.provider in ours), key=lambda r: r.median_ms)
@@ -132,6 +139,7 @@ def compare(
         speedup=peer.median_ms / own.median_ms if peer else None,
         floor_ms=floor_ms,
         over_floor=own.median_ms / floor_ms,
+        read_ms=read_ms,
         calls=calls,
     )
 

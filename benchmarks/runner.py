@@ -95,7 +95,7 @@ def run(case: Case, clock: Clock, roofline: Roofline, seconds: float, *, least: 
     ours = {p.name for p in case.providers if p.ours}
     yardsticks = {p.name for p in case.providers if p.yardstick}
     counts = {name: len(times) for name, times in samples.items()}
-    return CaseResult(made, missing, compare(made, ours, floor_ms, counts, yardsticks))
+    return CaseResult(made, missing, compare(made, ours, floor_ms, 1e3 * read_seconds, counts, yardsticks))
 
 
 def _first_line(error: Exception) -> str:

@@ -46,6 +46,7 @@ def case(rows: list[Row], missing: list[Missing], comparison: Comparison) -> str
 def verdict(comparison: Comparison) -> str:
     """The best peer, the ratio to it, and whether we lose."""
     roof = f"{comparison.over_floor:.2f}× the roofline's {_milliseconds(comparison.floor_ms)} ms"
+    roof += f"; a plain read of its bytes took {_milliseconds(comparison.read_ms)} ms"
     if comparison.speedup is None:
         return f"{comparison.ours}: no peer ran; {roof}"
     lost = "LOST  " if comparison.speedup < 1 else ""

@@ -40,9 +40,10 @@ MMREC_INLINE uint32_t may_pass(F32 product, F32 margin, const float* scales, con
     size = add(size, abs(bias));
     removed = same(bias, broadcast(-__builtin_inff()));
   }
-  // The roundings of these lines and of the exact score's scale and bias are a few units in the last place.
+  // The roundings of these lines and of the exact score's scale and bias are a few units in the last place. Sums along a row may
+  // overflow where the chain does not: the infinite size of such a product makes the bound NaN, or infinite.
   const F32 bound = add(score, fma(size, broadcast(0x1p-20f), margin));
-  return not_at_most(bound, broadcast(threshold)) & ~removed;  // NaN may pass
+  return not_at_most(bound, broadcast(threshold)) & ~removed;  // NaN passes
 }
 
 // Products of rows of floating point, by float32 sums along them.
@@ -78,9 +79,7 @@ class RowProducts {
       _mm_store_ps(sums + i, four_sums(acc[0], acc[1], acc[2], acc[3]));
     }
     for (int v = 0; v < kVectors; ++v) products[v] = load(sums + v * kLanes);
-    const float margin = rounding_ * Columns<type>::size(most);
-    // Sums that might overflow could do so on one way and not on the other.
-    return broadcast(margin < 1e30f ? margin : __builtin_inff());
+    return broadcast(rounding_ * Columns<type>::size(most));
   }
 
  private:

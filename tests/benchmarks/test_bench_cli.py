@@ -90,7 +90,7 @@ def test_a_missing_peer_is_listed(tiny, tmp_path, capsys, monkeypatch):
 
 
 def test_a_lost_case_is_marked():
-    comparison = rows.Comparison("op", {}, "float32", "cpu", "forward", "mmrec", "peer", 0.8, 1.0, 3.0, {})
+    comparison = rows.Comparison("op", {}, "float32", "cpu", "forward", "mmrec", "peer", 0.8, 1.0, 3.0, 0.5, {})
     assert table.verdict(comparison).startswith("LOST  mmrec: 0.80× as fast as the best peer, peer; 3.00× the roofline")
     assert not table.verdict(dataclasses.replace(comparison, speedup=1.25)).startswith("LOST")
     assert "no peer ran" in table.verdict(dataclasses.replace(comparison, speedup=None, best_peer=None))

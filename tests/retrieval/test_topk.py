@@ -140,6 +140,21 @@ def test_a_score_depends_on_its_query_and_item_only(dtype, threads):
         assert torch.equal(got, full[:rows])
 
 
+def one_of_many(p: dict[str, Tensor], k: int) -> TopK:
+    """What one query finds, which is to the bit what it finds beside others, where nothing is left out beforehand."""
+    alone, many = top_k(**p, k=k), top_k(**{**p, "query": p["query"].expand(7, -1)}, k=k)
+    assert torch.equal(alone.ids[0], many.ids[6]) and torch.equal(alone.scores[0], many.scores[6])
+    return alone
+
+
+def one_of_many_among_candidates(p: dict[str, Tensor]) -> None:
+    ids = torch.randint(0, len(p["items"]), (500,))
+    alone = top_k(**p, k=10, candidates=(torch.tensor([0, 500]), ids))
+    many = {**p, "query": p["query"].expand(7, -1)}
+    again = top_k(**many, k=10, candidates=(torch.arange(8) * 500, ids.repeat(7)))
+    assert torch.equal(alone.ids[0], again.ids[6]) and torch.equal(alone.scores[0], again.scores[6])
+
+
 @pytest.mark.parametrize("size", (1.0, 1e-30, 1e-20, 1e20, 1e37, 0.0, math.nan, math.inf))
 @pytest.mark.parametrize("d", (1, 63, 64, 65, 130, 256, 257))
 @pytest.mark.parametrize("peak", (False, True))
@@ -155,25 +170,53 @@ def test_one_query_over_int8_items_is_one_of_many(peak, d, size):
     p["item_scales"] *= torch.where(torch.rand(n) < 0.3, -1.0, 1.0)
     p["items"][:50] = 127 * p["query"].nan_to_num().sign().to(torch.int8)  # the best, and ties
 
-    def one_of_many(k, **changes):
-        q = {**p, **changes}
-        alone, many = top_k(**q, k=k), top_k(**{**q, "query": q["query"].expand(7, -1)}, k=k)
-        assert torch.equal(alone.ids[0], many.ids[6]) and torch.equal(alone.scores[0], many.scores[6])
-
     for scale in (1.0, 1e20, 1e-30, 2.0**-149):
-        one_of_many(10, bias=None, item_scales=(p["item_scales"] * 64).sign() * scale)
-    one_of_many(10, bias=p["bias"] * 3e38)
-    candidates = (torch.tensor([0, 500]), torch.randint(0, n, (500,)))
-    chosen = top_k(**p, k=10, candidates=candidates)
-    again = top_k(
-        **{**p, "query": p["query"].expand(7, -1)}, k=10, candidates=(torch.arange(8) * 500, candidates[1].repeat(7))
-    )
-    assert torch.equal(chosen.ids[0], again.ids[6]) and torch.equal(chosen.scores[0], again.scores[6])
+        one_of_many({**p, "bias": torch.zeros(n), "item_scales": (p["item_scales"] * 64).sign() * scale}, 10)
+    one_of_many({**p, "bias": p["bias"] * 3e38}, 10)
+    one_of_many_among_candidates(p)
     for special in ({}, {"item_scales": (math.nan, math.inf, 0.0)}, {"bias": (math.nan, math.inf, -math.inf)}):
         for name, values in special.items():
             p[name][torch.randperm(n)[:30]] = torch.tensor(values).repeat(10)
         for k in (1, 10, 100):
-            one_of_many(k)
+            one_of_many(p, k)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("d", (1, 31, 64, 65, 130, 257))
+def test_one_query_sees_what_another_order_of_its_sums_hides(d, dtype):
+    """All items have the same columns in another order: their scores differ by what rounding makes of that."""
+    item = torch.randn(d) * torch.logspace(0, 6, d)  # so that sums of bfloat16 are rounded too
+    items = torch.stack([item[torch.randperm(d)] for _ in range(6000)]).to(dtype)
+    found = one_of_many({"query": torch.ones(1, d, dtype=dtype), "items": items}, 100)
+    assert d < 64 or found.scores.unique().numel() > 1
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+@pytest.mark.parametrize("size", (1e-30, 1e-20, 1e10, 1e18, math.nan, math.inf))
+def test_one_query_is_one_of_many(size, dtype):
+    n, d = 3000, 48
+    p = problem(1, n, d, dtype)
+    p["query"][0, 5] *= size
+    p["items"][100:200] *= 2.0**-130
+    p["items"][300:400] *= 1e20
+    p["bias"][torch.randperm(n)[:30]] = torch.tensor((math.nan, math.inf, -math.inf)).repeat(10)
+    p["items"][torch.randperm(n)[:30], 7] = torch.tensor((math.nan, math.inf, -math.inf)).repeat(10).to(dtype)
+    for k in (1, 10, 1000):
+        one_of_many(p, k)
+        one_of_many({**p, "bias": p["bias"] * 3e38}, k)
+    one_of_many_among_candidates(p)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
+def test_sums_that_overflow_in_another_order_do_not_hide_an_item(dtype):
+    """Columns 0 and 32 meet each other first when a row is summed in vectors, and overflow; in order they do not."""
+    items = torch.zeros(2000, 64)
+    items[:, 0], items[:, 32] = -3e38, -3e38
+    for column in (1, 2, 3, 33, 34, 35):
+        items[:, column] = 1e38
+    items[:, 5] = torch.linspace(-1e37, 1e37, 2000)
+    found = one_of_many({"query": torch.ones(1, 64, dtype=dtype), "items": items.to(dtype)}, 10)
+    assert found.scores.isfinite().all() and 1999 in found.ids[0]
 
 
 def test_one_query_over_int8_items_with_subnormal_scores():
