@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cli_helpers import Mmrec
+from torch.nn import functional as F
 
 from mmrec.adaptation import Catalogue
 from mmrec.adaptation.fingerprint import item_fingerprints
@@ -75,6 +76,64 @@ def test_new_items_are_their_content(mmrec: Mmrec, trained: Path, new_items: Pat
     online = OnlineRecommender(open_run(trained).model, store, model_id=run.model_id)
     (answer,) = online.recommend([["new 0", "bare"]], 5)
     assert len(answer.items) == 5 and answer.unknown == []
+
+
+def test_token_rows_are_what_the_item_tower_fuses(mmrec: Mmrec, trained: Path, new_items: Path, tmp_path: Path) -> None:
+    pytest.importorskip("fastapi")
+    from fastapi.testclient import TestClient
+
+    from mmrec.recommender.serving import create_app
+
+    run, store = open_run(trained), ItemStore(tmp_path / "store")
+    assert set(run.config.content) == {"text", "image", "table"}
+    every = [word for name in run.config.content for word in ("--tokens", name)]
+    mmrec("index", "--run", trained, "--out", store.folder, *every).succeeded()
+    assert store.current().meta.tokens == dict.fromkeys(run.config.content, 16)
+    mmrec("index", "--run", trained, "--out", store.folder, "--items", new_items, "--update").succeeded()
+    mmrec(
+        "index", "--run", trained, "--out", store.folder, "--items", new_items, "--update", "--tokens", "text"
+    ).failed("--update keeps the tokens that the store has")
+    mmrec("index", "--run", trained, "--out", tmp_path / "no", "--tokens", "identity").failed(
+        "content is text, image, table, not 'identity'"
+    )
+    encoder = run.item_encoder()
+
+    def check(ids: list[str], catalogue: Catalogue) -> None:
+        (wanted,) = encoder.encode(catalogue)
+        version = store.current()
+        for name in run.config.content:
+            found = version.tokens(name, version.rows(ids))
+            torch.testing.assert_close(found.values, wanted.tokens[name].values, rtol=2**-7, atol=1e-4)
+            assert torch.equal(found.offsets, wanted.tokens[name].offsets)
+            assert torch.equal(found.kind, wanted.tokens[name].kind)
+
+    catalogue = Catalogue.load(run.data)
+    check(catalogue.item_ids, catalogue)
+    check(["new 0", "new 1", "bare"], Catalogue.load_items(new_items, encoder.recipe.schema))
+    # Fused again, they are the vector of an item without an identity.
+    version, tower = store.current(), run.model.item_tower
+    assert tower.fuse is not None
+    rows = version.rows(["new 0", "new 1", "bare"])
+    fused = tower.fuse({name: version.tokens(name, rows) for name in run.config.content}).values
+    torch.testing.assert_close(F.normalize(fused), F.normalize(version.vectors(rows)), rtol=0, atol=0.02)
+    online = OnlineRecommender(run.model, store, model_id=run.model_id)
+    with TestClient(create_app(online, encode=encoder.encode_items)) as client:
+        (first,) = rows_of(catalogue, [5])
+        new, old, only = (catalogue.item_ids[n] for n in (5, 6, 7))
+        content = {name: row for name, row in first.items() if name != "item_id"}
+        given = [
+            {"id": only, "title": "Another"}, {"id": "later", "content": content}, {"id": old, "content": content},
+            {"id": "bare vector", "vector": [0.0] * 16, "mass": {"text": 1.0}}, {"id": new, "known": False},
+        ]  # fmt: skip
+        found = client.post("/items", json={"items": given})
+        assert found.status_code == 200 and found.json()["new"] == 2, found.text
+    wanted = Catalogue.from_items([first], encoder.recipe.schema)  # without its image
+    check(["later"], wanted)
+    check([old], wanted)
+    check([only], catalogue.items_part(7, 8))
+    check([new], catalogue.items_part(5, 6))
+    version = store.current()
+    assert len(version.tokens("text", version.rows(["bare vector"])).values) == 0
 
 
 def test_a_tuned_adapter_reads_new_items_too(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +15,7 @@ from .sharded import build_with_ray, build_with_torchrun, under_torchrun
 
 if TYPE_CHECKING:
     from ..adaptation import Catalogue
+    from ..recommender.encoder import ItemEncoder
     from ..recommender.store import ItemRows, Meta, StoreVersion
 
 __all__ = ["index_command", "write_store"]
@@ -23,8 +24,8 @@ _PART = 1 << 16
 
 
 def index_command(
-    *, run: Path, out: Path, dtype: str, items: Path | None, update: bool, engine: str, workers: int | None,
-    data: Path | None, layout: str, json_file: Path | None,
+    *, run: Path, out: Path, dtype: str, tokens: Sequence[str], items: Path | None, update: bool, engine: str,
+    workers: int | None, data: Path | None, layout: str, json_file: Path | None,
 ) -> None:  # fmt: skip
     """See ``mmrec index --help``."""
     began = time.perf_counter()
@@ -36,16 +37,20 @@ def index_command(
         raise ValueError("--engine ray is a job of one process; start it without torchrun")
     if update and several:
         raise ValueError("--update adds to a store in one process; without --engine and torchrun")
+    if update and tokens:
+        raise ValueError("--update keeps the tokens that the store has; --tokens is for a new one")
+    meta = meta_of(opened, dtype, tokens)
     if items is not None and several:
-        if not _build(opened, items, out, dtype, engine, workers):
+        if not _build(opened, items, out, meta, engine, workers):
             return  # another rank tells of it
         version = _current(out)
     elif items is not None:
-        version = _write_items(opened, items, out, dtype, update)
+        encoder, others = _others(opened, items)
+        version = _update(opened, out, encoder, others) if update else _encode(out, meta, encoder, others)
+    elif tokens:  # a run does not keep them
+        version = _encode(out, meta, opened.item_encoder(), _catalogue(opened, data, layout))
     else:
-        catalogue, fingerprint = load_catalogue(opened.data if data is None else data, layout)
-        opened.check_data(catalogue, fingerprint)
-        version = write_store(opened, catalogue, out, dtype)
+        version = write_store(opened, _catalogue(opened, data, layout), out, dtype)
     size = sum(os.path.getsize(out / file) for file in version.files)
     dtype = version.meta.dtype
     content: dict[str, Any] = {
@@ -59,8 +64,22 @@ def index_command(
     write_json(json_file, content)
 
 
-def _build(run: TrainedRun, items: Path, folder: Path, dtype: str, engine: str, workers: int | None) -> bool:
-    encoder, meta = run.item_encoder(), meta_of(run, dtype)
+def _others(run: TrainedRun, items: Path) -> tuple[ItemEncoder, Catalogue]:
+    from ..adaptation import Catalogue
+
+    encoder = run.item_encoder()
+    return encoder, Catalogue.load_items(items, encoder.recipe.schema)
+
+
+def _catalogue(run: TrainedRun, data: Path | None, layout: str) -> Catalogue:
+    """What the run was trained on."""
+    catalogue, fingerprint = load_catalogue(run.data if data is None else data, layout)
+    run.check_data(catalogue, fingerprint)
+    return catalogue
+
+
+def _build(run: TrainedRun, items: Path, folder: Path, meta: Meta, engine: str, workers: int | None) -> bool:
+    encoder = run.item_encoder()
     if engine == "ray":
         build_with_ray(run, items, folder, meta, encoder, workers)
         return True
@@ -73,23 +92,26 @@ def _current(folder: Path) -> StoreVersion:
     return ItemStore(folder).current()
 
 
-def _write_items(run: TrainedRun, items: Path, folder: Path, dtype: str, update: bool) -> StoreVersion:
-    """The items of a folder, encoded by the run's model: as a store of their own, or into one that is there."""
-    from ..adaptation import Catalogue
+def _encode(folder: Path, meta: Meta, encoder: ItemEncoder, catalogue: Catalogue) -> StoreVersion:
+    """A store of a catalogue's items, as the run's model reads them."""
     from ..recommender.store import ItemStore
 
-    encoder = run.item_encoder()
-    catalogue = Catalogue.load_items(items, encoder.recipe.schema)
     store = ItemStore(folder)
-    if update:
-        check_model(run, store.current())  # before hours of work
     with status(f"encoding {catalogue.num_items} items"), store.writer() as writer:
-        if update:
-            check_model(run, store.current())  # it may have been written anew meanwhile
-            for part in encoder.encode(catalogue):
-                writer.upsert(part)
-        else:
-            writer.create(meta_of(run, dtype), encoder.encode(catalogue))
+        writer.create(meta, encoder.encode(catalogue))
+    return store.current()
+
+
+def _update(run: TrainedRun, folder: Path, encoder: ItemEncoder, catalogue: Catalogue) -> StoreVersion:
+    """The same, into a store that is there."""
+    from ..recommender.store import ItemStore
+
+    store = ItemStore(folder)
+    check_model(run, store.current())  # before hours of work
+    with status(f"encoding {catalogue.num_items} items"), store.writer() as writer:
+        check_model(run, store.current())  # it may have been written anew meanwhile
+        for part in encoder.encode(catalogue):
+            writer.upsert(part)
     return store.current()
 
 
@@ -99,11 +121,17 @@ def check_model(run: TrainedRun, version: StoreVersion) -> None:
         raise ValueError(f"the store holds items of model {version.meta.model}, {run.folder} is {run.model_id}")
 
 
-def meta_of(run: TrainedRun, dtype: str) -> Meta:
-    """What a store of the run has for all items."""
+def meta_of(run: TrainedRun, dtype: str, tokens: Sequence[str] = ()) -> Meta:
+    """What a store of the run has for all items, with the token rows of some modalities of its content."""
     from ..recommender.store import Meta
 
-    return Meta(width=run.config.width, dtype=dtype, modalities=run.modalities, model=run.model_id, tokens={})
+    unknown = [name for name in tokens if name not in run.config.content]
+    if unknown:
+        raise ValueError(
+            f"--tokens: the run's content is {', '.join(run.config.content) or 'none'}, not {unknown[0]!r}"
+        )
+    width = run.config.width
+    return Meta(width, dtype, run.modalities, run.model_id, dict.fromkeys(tokens, width))
 
 
 def write_store(run: TrainedRun, catalogue: Catalogue, folder: Path, dtype: str) -> StoreVersion:

@@ -38,6 +38,10 @@ def index(
     run: Annotated[Path, typer.Option(metavar="RUN", help="Folder of a trained run.")],
     out: Annotated[Path, typer.Option(metavar="STORE", help="Folder of the store; a new version of it if it exists.")],
     dtype: Annotated[StoreDtype, typer.Option(help="How vectors are stored.")] = StoreDtype.float32,
+    tokens: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODALITY", help="Store its token rows too, as the item tower fuses them; repeatable."),
+    ] = None,
     items: Annotated[
         Path | None, typer.Option(metavar="FOLDER", help="Other items than those of the data: items.*, images/, …")
     ] = None,
@@ -56,7 +60,7 @@ def index(
     from .index import index_command
 
     index_command(
-        run=run, out=out, dtype=dtype.value, items=items, update=update, engine=engine.value,
+        run=run, out=out, dtype=dtype.value, tokens=tokens or (), items=items, update=update, engine=engine.value,
         workers=workers, data=data, layout=layout, json_file=json_file,
     )  # fmt: skip
 

@@ -96,8 +96,9 @@ class ItemEncoder:
         known = model.trained.cpu()[rows.clamp(min=0)] & (rows >= 0)
         fingerprints = torch.from_numpy(item_fingerprints(catalogue))
         return ItemRows(
-            catalogue.item_ids, found.vectors.cpu(), found.mass.cpu(), known, fingerprints, catalogue.item_titles, {}
-        )
+            catalogue.item_ids, found.vectors.cpu(), found.mass.cpu(), known, fingerprints, catalogue.item_titles,
+            {name: tokens.to("cpu") for name, tokens in found.tokens.items()},
+        )  # fmt: skip
 
     def _with_features(self, catalogue: Catalogue) -> Catalogue:
         """With every feature that the model reads: an item without one has it missing."""

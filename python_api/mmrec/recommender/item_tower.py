@@ -21,14 +21,15 @@ _IDENTITY_STD = 0.05
 
 class ItemOutput(NamedTuple):
     """Of N items: `vectors [N, d]`, `mass [N, M]` (attention share per modality of the config, rows sum to 1, or to 0
-    for an item without anything), the experts' `routing` or None, and per modality the mean token `pooled [N, d]` with
-    `present bool [N]`, for alignment."""
+    for an item without anything), the experts' `routing` or None, per modality the mean token `pooled [N, d]` with
+    `present bool [N]`, for alignment, and per content modality the `tokens` (of width d) that were fused."""
 
     vectors: Tensor
     mass: Tensor
     routing: Routing | None
     pooled: dict[str, Tensor]
     present: dict[str, Tensor]
+    tokens: dict[str, Tokens]
 
 
 class ItemTower(nn.Module):
@@ -113,11 +114,12 @@ class ItemTower(nn.Module):
         if self.fuse is None:
             assert self.identity is not None
             vectors = torch.where(trained.unsqueeze(1), self.identity.index_select(0, items), 0)
-            return ItemOutput(vectors, trained.unsqueeze(1).to(vectors.dtype), None, {}, present)
+            return ItemOutput(vectors, trained.unsqueeze(1).to(vectors.dtype), None, {}, present, {})
         routing = None
         pooled = {name: part.mean() for name, part in tokens.items()}
         if self.experts is not None:
             tokens, routing = self._through_experts(tokens)
+        content = dict(tokens)
         if self.identity is not None:
             tokens[IDENTITY] = self._identity(items)
             pooled[IDENTITY] = tokens[IDENTITY].values
@@ -129,7 +131,7 @@ class ItemTower(nn.Module):
             # Past the attention too: through it alone an identity learns only as fast as it is listened to.
             unknown = absent[:, self.modalities.index(IDENTITY)].unsqueeze(1)
             vectors = vectors + torch.where(unknown, 0, self.identity.index_select(0, items))
-        return ItemOutput(vectors, fused.mass, routing, pooled, present)
+        return ItemOutput(vectors, fused.mass, routing, pooled, present, content)
 
     def _content(self, inputs: ItemInputs) -> dict[str, Tokens]:
         tokens: dict[str, Tokens] = {}

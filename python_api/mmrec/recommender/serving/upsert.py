@@ -91,14 +91,21 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion, made: ItemRows | N
             mass[n] = torch.tensor([item.mass.get(name, 0.0) for name in modalities])
         known[n] = known[n] if item.known is None else item.known
         titles[n] = titles[n] if item.title is None else item.title
-    tokens = {name: _kept(version, name, rows) for name in version.meta.tokens}
+    made_of = np.array([item.content is not None for item in items])
+    tokens = {}
+    for name in version.meta.tokens:
+        kept = old & ~made_of
+        new = None if made is None else made.tokens[name]
+        tokens[name] = _tokens(version.tokens(name, rows[kept]), kept, new, made_of)
     return ItemRows(ids, vectors, mass, known, content, titles, tokens)
 
 
-def _kept(version: StoreVersion, modality: str, rows: np.ndarray) -> Tokens:
-    """The token rows that items have; new ones have none."""
-    old = rows >= 0
-    kept = version.tokens(modality, rows[old])
-    lengths = torch.zeros(len(rows), dtype=torch.int64)
-    lengths[torch.from_numpy(old)] = kept.offsets.diff()
-    return Tokens(kept.values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), kept.kind)
+def _tokens(kept: Tokens, old: np.ndarray, made: Tokens | None, new: np.ndarray) -> Tokens:
+    """Token rows of items: `kept` are those of the items `old`, `made` those of the items `new`; others have none."""
+    parts = [kept] if made is None else [kept, made]
+    values, kind = torch.cat([part.values for part in parts]), torch.cat([part.kind for part in parts])
+    lengths = torch.cat([*(part.offsets.diff() for part in parts), torch.zeros(1, dtype=torch.int64)])
+    every = Tokens(values, torch.cat([lengths.new_zeros(1), lengths.cumsum(0)]), kind)
+    places = np.full(len(old), len(lengths) - 1)  # the last one of all, which is empty
+    places[old], places[new] = np.arange(old.sum()), old.sum() + np.arange(new.sum())
+    return every.select(torch.from_numpy(places))

@@ -81,7 +81,7 @@ class ItemRows:
         known: bool `[n]`: training interacted with the item.
         content: uint8 `[n, 16]`, a hash of what the vector was made of.
         titles: for people; "" where there is none.
-        tokens: token rows of modalities, of n items each.
+        tokens: token rows of modalities, of n items each; a store keeps those that its `Meta` names.
     """
 
     ids: Sequence[str]
@@ -180,10 +180,11 @@ def encode(items: ItemRows, meta: Meta) -> Columns:
             raise ValueError(f"{name} must be {list(wanted)}, got {list(got.shape)}")
     if len(items.titles) != n:
         raise ValueError(f"titles must be {n}, got {len(items.titles)}")
-    widths = {name: tokens.values.shape[1] for name, tokens in items.tokens.items()}
+    kept = {name: tokens for name, tokens in items.tokens.items() if name in meta.tokens}
+    widths = {name: tokens.values.shape[1] for name, tokens in kept.items()}
     if widths != dict(meta.tokens):
         raise ValueError(f"tokens must be of widths {dict(meta.tokens)}, got {widths}")
-    for name, tokens in items.tokens.items():
+    for name, tokens in kept.items():
         _check_tokens(name, tokens, n)
     vectors = items.vectors.detach().float().cpu()
     finite = (vectors.bfloat16() if meta.dtype == "bfloat16" else vectors).isfinite().all(1)
@@ -202,7 +203,7 @@ def encode(items: ItemRows, meta: Meta) -> Columns:
         scales = torch.where(scales > torch.finfo(torch.float32).tiny, scales, 1.0)
         fixed |= {"vectors": (vectors / scales.unsqueeze(1)).round().to(torch.int8), "scales": scales}
     ragged = {"id": ragged_strings(items.ids), "title": ragged_strings(items.titles)}
-    for name, tokens in items.tokens.items():
+    for name, tokens in kept.items():
         values, offsets, kind = (t.detach().cpu() for t in tokens)
         ragged[f"tokens.{name}"] = Ragged(values.to(torch.bfloat16), offsets)
         ragged[f"kinds.{name}"] = Ragged(kind.to(torch.int64), offsets)
