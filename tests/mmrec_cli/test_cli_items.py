@@ -136,6 +136,19 @@ def test_token_rows_are_what_the_item_tower_fuses(mmrec: Mmrec, trained: Path, n
     assert len(version.tokens("text", version.rows(["bare vector"])).values) == 0
 
 
+def test_items_are_removed(mmrec: Mmrec, trained: Path, new_items: Path, tmp_path: Path) -> None:
+    store, ids, file = ItemStore(tmp_path / "store"), Catalogue.load(open_run(trained).data).item_ids, tmp_path / "gone"
+    file.write_text(f"{ids[3]}\nnobody\n\n{ids[5]}")
+    options = ("index", "--run", trained, "--out", store.folder)
+    mmrec(*options, "--remove", file).failed("holds no item store")
+    mmrec(*options).succeeded()
+    outcome = mmrec(*options, "--remove", file).succeeded()
+    assert "2 items removed" in outcome.out and "version 2, 46 items" in outcome.out
+    assert store.current().rows([ids[3], ids[5], ids[4]]).tolist() == [-1, -1, 4]
+    mmrec(*options, "--remove", file, "--items", new_items).failed("without --items")
+    mmrec(*options, "--remove", tmp_path / "none").failed("none")
+
+
 def test_a_tuned_adapter_reads_new_items_too(
     mmrec: Mmrec, generated: Path, tiny_backbone: Path, tiny_options: tuple[str, ...], tmp_path: Path
 ) -> None:

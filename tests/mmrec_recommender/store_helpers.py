@@ -63,7 +63,7 @@ def rounded(vectors: torch.Tensor, dtype: str) -> torch.Tensor:
 
 def assert_holds(version: StoreVersion, expected: ItemRows, dtype: str = "float32") -> None:
     """`expected` are all items, in the order of their rows."""
-    assert version.num_items == len(version) == len(expected)
+    assert version.num_rows == len(version) == len(expected)
     rows = version.rows(expected.ids)
     assert rows.tolist() == list(range(len(expected)))
     order = np.random.default_rng(0).permutation(len(rows))

@@ -86,6 +86,26 @@ def test_changes_are_found_at_once_and_a_new_base_is_indexed(store):
     assert later.ids(later.top_k(query, 3, exact=True).ids[0])[:2] == ["new", str(worst)]
 
 
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_removed_items_are_not_found(store, kind):
+    query = clustered(2, seed=3)
+    version = store.current()
+    version.index = AnnIndex.build(version, kind)
+    best = version.top_k(query, 20, exact=True).ids
+    with store.writer() as writer:
+        writer.remove(version.ids(best[:, ::2].flatten()))
+    later, anew = store.current(), ItemStore(store.folder).current()
+    later.index = version.index
+    anew.index = AnnIndex.build(anew, kind)  # of a base that still holds them
+    for one in (later, anew):
+        found = one.top_k(query, 10)
+        assert not {*found.ids.flatten().tolist()} & {*best[:, ::2].flatten().tolist()}
+        assert (found.ids >= 0).all()  # removed items took nobody's place
+        hits = {*found.ids.flatten().tolist()} & {*one.top_k(query, 10, exact=True).ids.flatten().tolist()}
+        assert len(hits) >= 16
+    assert anew.index.recall > 0.9
+
+
 def test_online(tmp_path):
     with generated(2000, "float32", width=WIDTH, history=10) as exact:
         online = OnlineRecommender(exact.model, ItemStore(exact.store.folder), ann="hnsw")

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 from safetensors import safe_open
-from store_helpers import IDS, WIDTH, assert_holds, items, made, meta, patched
+from store_helpers import IDS, WIDTH, assert_holds, items, made, meta, patched, rounded
 
 from mmrec.fusion import Tokens
-from mmrec.recommender.store import ItemRows, ItemStore, StoreBusyError, StoreError
+from mmrec.recommender.store import ItemRows, ItemStore, StoreBusyError, StoreError, StoreVersion
 
 
 def tokens(offsets: list[int], values: int, kinds: int | None = None, dtype: torch.dtype = torch.int64) -> dict:
@@ -68,6 +68,58 @@ def test_small_patches_become_larger_ones_and_the_base_in_the_end(tmp_path, monk
     assert len(list(tmp_path.glob("version-*.json"))) == 3  # older ones are gone, and so is what they alone named
     named = {f["name"] for path in tmp_path.glob("version-*.json") for f in json.loads(path.read_text())["files"]}
     assert named == {path.name for path in tmp_path.glob("*.safetensors")}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])
+def test_removed_items(tmp_path, dtype):
+    store = made(tmp_path, dtype)
+    before = store.current()
+    query = torch.randn(2, WIDTH, generator=torch.Generator().manual_seed(5))
+    gone = ["item-3", "ü", "new-1", "item-299item-299item-299"]
+    with store.writer() as writer:
+        writer.upsert(items(["new-0", "new-1", "item-8item-8item-8"], seed=1))
+        assert writer.remove([*gone, "nobody", "item-3"]) == 3
+        assert writer.remove(["item-3", "nobody"]) == 3  # nothing to do
+    left = patched(items(IDS), items(["new-0", "new-1", "item-8item-8item-8"], seed=1))
+    kept = [n for n, name in enumerate(left.ids) if name not in gone]
+
+    def check(version: StoreVersion, rows: list[int]) -> None:
+        names = [left.ids[n] for n in kept]
+        assert len(version) == len(names) == len(rows) and (version.rows(gone) == -1).all()
+        assert version.rows(names).tolist() == rows and version.ids(rows) == names
+        assert torch.equal(version.vectors(rows), rounded(left.vectors, dtype)[kept])
+        found = version.top_k(query, 400)
+        assert sorted(found.ids[0][found.ids[0] >= 0].tolist()) == rows
+        assert version.find("item-3", 500).tolist() == [n for n in rows if "item-3" in version.ids([n])[0]]
+        assert "ü" not in version.ids(version.find("", 500))
+
+    check(store.current(), kept)
+    check(ItemStore(tmp_path).current(), kept)
+    assert before.rows(gone[:2]).tolist() == [3, 300] and before.titles([3]) == ["Title of item-3, 0 ✓"]
+    # What comes back is another item in its old row; the rest of the patches is as it was.
+    with store.writer() as writer:
+        writer.upsert(items(["ü", "newest"], seed=7))
+    version = store.current()
+    assert version.rows(["ü", "item-3", "newest"]).tolist() == [300, -1, 306] and version.num_rows == 307
+    assert version.titles([300]) == ["Title of ü, 7 ✓"] and len(version) == len(kept) + 2
+    assert 300 in version.top_k(query, 400).ids
+    with store.writer() as writer:
+        writer.remove(["ü", "newest"])
+        number = writer.compact()
+    check(store.current(), list(range(len(kept))))
+    for name in ("new-1", "Title of ü", "newest"):  # nothing of them is in the new base
+        assert name.encode() not in (tmp_path / f"base-{number:08d}.safetensors").read_bytes()
+
+
+def test_all_items_may_be_removed(tmp_path):
+    store = made(tmp_path)
+    with store.writer() as writer:
+        writer.remove(IDS)
+        assert len(store.current()) == 0 and (store.current().top_k(torch.ones(1, WIDTH), 3).ids == -1).all()
+        writer.compact()
+        assert len(store.current()) == store.current().num_rows == 0
+        writer.upsert(items(["a"]))
+    assert store.current().rows(["a", "item-3"]).tolist() == [0, -1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8"])

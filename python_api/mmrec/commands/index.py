@@ -24,8 +24,8 @@ _PART = 1 << 16
 
 
 def index_command(
-    *, run: Path, out: Path, dtype: str, tokens: Sequence[str], items: Path | None, update: bool, engine: str,
-    workers: int | None, data: Path | None, layout: str, json_file: Path | None,
+    *, run: Path, out: Path, dtype: str, tokens: Sequence[str], items: Path | None, update: bool, remove: Path | None,
+    engine: str, workers: int | None, data: Path | None, layout: str, json_file: Path | None,
 ) -> None:  # fmt: skip
     """See ``mmrec index --help``."""
     began = time.perf_counter()
@@ -37,10 +37,16 @@ def index_command(
         raise ValueError("--engine ray is a job of one process; start it without torchrun")
     if update and several:
         raise ValueError("--update adds to a store in one process; without --engine and torchrun")
+    if remove is not None and (items is not None or tokens or several):
+        raise ValueError(
+            "--remove takes items out of the store that is there, in one process; without --items, --tokens"
+        )
     if update and tokens:
         raise ValueError("--update keeps the tokens that the store has; --tokens is for a new one")
     meta = meta_of(opened, dtype, tokens)
-    if items is not None and several:
+    if remove is not None:
+        version = _remove(opened, out, remove)
+    elif items is not None and several:
         if not _build(opened, items, out, meta, engine, workers):
             return  # another rank tells of it
         version = _current(out)
@@ -113,6 +119,22 @@ def _update(run: TrainedRun, folder: Path, encoder: ItemEncoder, catalogue: Cata
         for part in encoder.encode(catalogue):
             writer.upsert(part)
     return store.current()
+
+
+def _remove(run: TrainedRun, folder: Path, file: Path) -> StoreVersion:
+    """Without the items that a file names."""
+    from ..recommender.store import ItemStore
+
+    ids = file.read_text(encoding="utf-8").splitlines()
+    store = ItemStore(folder)
+    check_model(run, store.current())
+    with store.writer() as writer:
+        check_model(run, store.current())
+        before = len(store.current())
+        writer.remove([name for name in ids if name])
+    version = store.current()
+    say(f"{before - len(version)} items removed; {file} has {len(ids)} lines")
+    return version
 
 
 def check_model(run: TrainedRun, version: StoreVersion) -> None:

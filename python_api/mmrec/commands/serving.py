@@ -46,6 +46,9 @@ def index(
         Path | None, typer.Option(metavar="FOLDER", help="Other items than those of the data: items.*, images/, …")
     ] = None,
     update: Annotated[bool, typer.Option("--update", help="Put --items into the store that is there.")] = False,
+    remove: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Take items out of the store instead: an id per line.")
+    ] = None,
     engine: Annotated[
         Engine,
         typer.Option(help="What encodes --items: this process (under torchrun all ranks), or a Ray Data job."),
@@ -60,8 +63,8 @@ def index(
     from .index import index_command
 
     index_command(
-        run=run, out=out, dtype=dtype.value, tokens=tokens or (), items=items, update=update, engine=engine.value,
-        workers=workers, data=data, layout=layout, json_file=json_file,
+        run=run, out=out, dtype=dtype.value, tokens=tokens or (), items=items, update=update, remove=remove,
+        engine=engine.value, workers=workers, data=data, layout=layout, json_file=json_file,
     )  # fmt: skip
 
 
@@ -79,7 +82,7 @@ def serve(
     threads: Annotated[int | None, typer.Option(min=1, help="Of the model; default: one less than cores.")] = None,
     max_batch: Annotated[int, typer.Option(min=1, help="Most requests that are answered together.")] = 32,
     timeout: Annotated[float, typer.Option(min=0.001, help="Seconds that a request may wait for its turn.")] = 1.0,
-    read_only: Annotated[bool, typer.Option("--read-only", help="No POST /items.")] = False,
+    read_only: Annotated[bool, typer.Option("--read-only", help="Nobody writes to the store.")] = False,
     costs: Annotated[
         Path | None, typer.Option(metavar="FILE", help="What answers cost: read if it is there, else written.")
     ] = None,
@@ -96,7 +99,7 @@ def serve(
     access_log: Annotated[bool, typer.Option("--access-log", help="A line per request.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Answer over HTTP: recommendations, new items, metrics, and a page to try it. $MMREC_TOKEN guards POST /items."""
+    """Answer over HTTP: recommendations, new items, metrics, and a page to try it. $MMREC_TOKEN guards what writes."""
     from .serve import serve_command
 
     serve_command(

@@ -66,13 +66,14 @@ class AnnIndex:
         if not 0 < target <= 1:
             raise ValueError(f"target must be above 0 and at most 1, got {target}")
         count = version.base_items
-        if not count:
+        if not len(_alive(version, count)):
             raise ValueError("version must have items in its base, got none")
         random = np.random.default_rng(seed)
         built, most = (_ivf if kind == "ivf" else _hnsw)(version, count, random, seed)
         found = cls(kind, version.files[0], built, 1)
         if queries is None:
-            queries = version.vectors(np.sort(random.choice(len(version), min(_QUERIES, len(version)), replace=False)))
+            rows = _alive(version, version.num_rows)
+            queries = version.vectors(np.sort(random.choice(rows, min(_QUERIES, len(rows)), replace=False)))
         depth = min(_DEPTH, len(version))
         exact = version.top_k(queries, depth, exact=True).ids
         found.depth = depth
@@ -88,8 +89,8 @@ class AnnIndex:
         `always`."""
         found = np.empty((len(query), 0), np.int64)
         if len(query):
-            _, found = self._index.search(query.float().numpy(), k)
-        kept = (found >= 0) & ~np.isin(found, always.numpy())
+            _, found = self._index.search(query.float().numpy(), k, params=self._without(always.numpy()))
+        kept = found >= 0
         lengths = kept.sum(1) + len(always)
         offsets = np.concatenate([[0], lengths.cumsum()])
         rows = np.empty(offsets[-1], np.int64)
@@ -99,6 +100,16 @@ class AnnIndex:
             rows[begin : begin + len(own)] = own
             rows[begin + len(own) : end] = fixed
         return torch.from_numpy(offsets), torch.from_numpy(rows)
+
+    def _without(self, rows: np.ndarray) -> Any:
+        """How to search for others than `rows`: they must not take the place of what can be found."""
+        if not len(rows):
+            return None
+        faiss = _faiss()
+        others = faiss.IDSelectorNot(faiss.IDSelectorBatch(rows))
+        if self.kind == "ivf":
+            return faiss.SearchParametersIVF(sel=others, nprobe=self.effort)
+        return faiss.SearchParametersHNSW(sel=others, efSearch=self.effort)
 
     def _set_effort(self, effort: int) -> None:
         if self.kind == "ivf":
@@ -117,12 +128,13 @@ def _faiss() -> Any:
 
 def _ivf(version: StoreVersion, count: int, random: np.random.Generator, seed: int) -> tuple[Any, int]:
     faiss, width = _faiss(), version.meta.width
-    clusters = max(1, min(4 * int(math.sqrt(count)), count // 39 or 1))  # k-means wants 39 vectors per cluster
+    rows = _alive(version, count)
+    clusters = max(1, min(4 * int(math.sqrt(len(rows))), len(rows) // 39))  # k-means wants 39 vectors per cluster
     index = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(width), width, clusters, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
     )
     index.cp.seed = seed + 1
-    seen = np.sort(random.choice(count, min(count, _TRAINED * clusters), replace=False))
+    seen = np.sort(random.choice(rows, min(len(rows), _TRAINED * clusters), replace=False))
     index.train(version.vectors(seen).numpy())
     _add(index.add, version, count)
     return index, clusters
@@ -136,9 +148,16 @@ def _hnsw(version: StoreVersion, count: int, random: np.random.Generator, seed: 
     return index, count
 
 
+def _alive(version: StoreVersion, count: int) -> np.ndarray:
+    """The first `count` rows but those of removed items."""
+    rows = np.arange(count)
+    return rows[version.alive(rows)]
+
+
 def _add(add: Callable[[np.ndarray], None], version: StoreVersion, count: int) -> None:
     for start in range(0, count, _PART):
-        add(version.vectors(np.arange(start, min(start + _PART, count))).numpy())
+        # Of removed items, which are candidates nevertheless and found by nobody, any vectors do that are numbers.
+        add(version.vectors(np.arange(start, min(start + _PART, count))).nan_to_num().numpy())
 
 
 def _recall(exact: Tensor, found: Tensor) -> float:

@@ -17,9 +17,9 @@ from mmrec_kernels.retrieval import TopK
 
 from ...fusion.tokens import Tokens
 from .ann import AnnIndex
-from .columns import UTF8, Columns, Meta, Ragged
+from .columns import UTF8, Columns, Meta, Patch, Ragged
 
-__all__ = ["Index", "StoreVersion", "hash_ids", "latest"]
+__all__ = ["Index", "StoreVersion", "hash_ids"]
 
 Lists = tuple[Tensor, Tensor]
 _SEARCHED = 1 << 14  # items at a time
@@ -38,32 +38,36 @@ def hash_ids(ids: Sequence[bytes]) -> np.ndarray:
 
 
 class StoreVersion:
-    """The items of one version. Rows are fixed: an item keeps its own in all later versions.
+    """The items of one version. Rows are fixed: an item keeps its own in all later versions of the same base.
 
     Vectors of the base lie in the file that is mapped. Items that have changed since are written over them in this
-    process's private pages of the mapping; those that came since lie in memory, behind.
+    process's private pages of the mapping; those that came since lie in memory, behind. One that was removed keeps its
+    row until there is a new base; nothing finds it there.
 
     Attributes:
         number: of the version.
         meta: width, dtype, modalities, model.
-        num_items: N.
+        num_rows: rows, those of removed items too; `len` counts the others.
         files: names of the files that it is made of, the base first.
         index: of approximate retrieval, once there is one.
     """
 
     def __init__(
-        self, number: int, meta: Meta, num_items: int, files: Sequence[str], base: Columns, index: Index,
-        patches: Sequence[tuple[Tensor, Columns]],
+        self, number: int, meta: Meta, num_rows: int, files: Sequence[str], base: Columns, index: Index,
+        patches: Sequence[Patch],
     ) -> None:  # fmt: skip
-        self.number, self.meta, self.num_items, self.files = number, meta, num_items, tuple(files)
+        self.number, self.meta, self.num_rows, self.files = number, meta, num_rows, tuple(files)
         self.index: AnnIndex | None = None
         self._base = base
         self._hash, self._row = index.hash.numpy(), index.row.numpy()
         names = base.ragged["id"]
         self._id_ends, self._id_bytes = names.offsets.numpy(), names.values.numpy().data
-        self._patch_rows, self._patch = torch.empty(0, dtype=torch.int64), None  # type: Tensor, Columns | None
+        self._patch_rows = self._removed = torch.empty(0, dtype=torch.int64)
+        self._patch: Columns | None = None
         if patches:
-            self._patch_rows, self._patch = latest(patches)
+            patch = Patch.latest(patches)
+            self._patch_rows, self._patch = patch.rows, patch.columns
+            self._removed = patch.rows[patch.removed]
         self._tail: dict[str, Tensor] = {}
         self._tail_row: dict[bytes, int] = {}
         if self._patch is None:
@@ -77,10 +81,21 @@ class StoreVersion:
         self._tail_row = {name.encode(*UTF8): row for name, row in zip(ids, new.tolist(), strict=True)}
 
     def __len__(self) -> int:
-        return self.num_items
+        return self.num_rows - len(self._removed)
+
+    def alive(self, rows: np.ndarray) -> np.ndarray:
+        """bool `[n]` of `rows [n]`: the item was not removed."""
+        return ~np.isin(rows, self._removed.numpy())
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """int64 `[n]`: the row of each id, −1 for one that is not there."""
+        found = self.places(ids)
+        if len(self._removed):
+            found[~self.alive(found)] = -1
+        return found
+
+    def places(self, ids: Sequence[str]) -> np.ndarray:
+        """The same, and of an id that was removed the row that it had."""
         found = np.full(len(ids), -1, np.int64)
         if not len(ids):
             return found
@@ -139,13 +154,16 @@ class StoreVersion:
                     place = min(int(np.searchsorted(ends, match.start(), "right")) - 1, end - 1)
                     if match.end() <= ends[place + 1]:  # else it reaches into the next one
                         row = place if rows is None else int(rows[place])
-                        if rows is not None or not self._is_patched(row):
+                        newest = self._is_in(self._patch_rows, row) == (rows is not None)
+                        if newest and not self._is_in(self._removed, row):
                             yield row
                     place += 1
 
-    def _is_patched(self, row: int) -> bool:
-        place = int(torch.searchsorted(self._patch_rows, row))
-        return place < len(self._patch_rows) and int(self._patch_rows[place]) == row
+    @staticmethod
+    def _is_in(rows: Tensor, row: int) -> bool:
+        """Of `rows`, ascending."""
+        place = int(torch.searchsorted(rows, row))
+        return place < len(rows) and int(rows[place]) == row
 
     def vectors(self, rows: np.ndarray | Tensor) -> Tensor:
         """float32 `[n, d]` of `rows [n]`."""
@@ -174,7 +192,7 @@ class StoreVersion:
 
     @property
     def base_items(self) -> int:
-        """How many items the base has: rows below that."""
+        """How many rows the base has."""
         return len(self._base)
 
     def top_k(
@@ -220,9 +238,9 @@ class StoreVersion:
 
     def _checked(self, rows: np.ndarray | Tensor) -> Tensor:
         found = torch.as_tensor(rows, dtype=torch.int64)
-        if len(found) and (int(found.min()) < 0 or int(found.max()) >= self.num_items):
-            outside = found[(found < 0) | (found >= self.num_items)]
-            raise ValueError(f"rows must be in [0, {self.num_items}), got {int(outside[0])}")
+        if len(found) and (int(found.min()) < 0 or int(found.max()) >= self.num_rows):
+            outside = found[(found < 0) | (found >= self.num_rows)]
+            raise ValueError(f"rows must be in [0, {self.num_rows}), got {int(outside[0])}")
         return found
 
     def _fixed(self, name: str, rows: Tensor) -> Tensor:
@@ -247,11 +265,3 @@ class StoreVersion:
         order[~patched] = torch.arange(len(parts[0].offsets) - 1)
         order[patched] = torch.arange(int(patched.sum())) + len(parts[0].offsets) - 1
         return Ragged(torch.cat([part.values for part in parts]), offsets).select(order)
-
-
-def latest(patches: Sequence[tuple[Tensor, Columns]]) -> tuple[Tensor, Columns]:
-    """Of every row what the last patch says of it, rows ascending."""
-    rows = torch.cat([rows for rows, _ in patches])
-    unique, first = np.unique(rows.flip(0).numpy(), return_index=True)
-    at = len(rows) - 1 - torch.from_numpy(first)
-    return torch.from_numpy(unique), Columns.concat([columns for _, columns in patches]).select(at)

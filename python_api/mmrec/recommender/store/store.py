@@ -2,7 +2,7 @@
 
     folder/version-00000007.json      what version 7 is made of, with a checksum of itself
     folder/base-00000003.safetensors  all items, as of version 3
-    folder/patch-00000007.safetensors items that changed or came since
+    folder/patch-00000007.safetensors items that changed, came or were removed since
     folder/lock                       held by the one writer
 
 Files are never changed once they have their name, and a version is there when its JSON is: it is written last, and
@@ -23,17 +23,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...files import TEMP_PREFIX, sync_folder
-from .columns import Columns, map_file
+from .columns import Columns, Patch, map_file
 from .manifest import DATA, Manifest, StoreError, check_file, identity, numbers, path_of, read_manifest
 from .snapshot import Index, StoreVersion
 
 if TYPE_CHECKING:
     from .writer import StoreWriter
 
-__all__ = ["INDEX_HASH", "INDEX_ROW", "LOCK", "PATCH_ROWS", "ItemStore", "StoreBusyError"]
+__all__ = ["INDEX_HASH", "INDEX_ROW", "LOCK", "ItemStore", "StoreBusyError"]
 
 _LOG = logging.getLogger(__name__)
-INDEX_HASH, INDEX_ROW, PATCH_ROWS = "index.hash", "index.row", "patch.rows"
+INDEX_HASH, INDEX_ROW = "index.hash", "index.row"
 LOCK = "lock"
 
 
@@ -158,10 +158,10 @@ class ItemStore:
             tensors.append(map_file(self.folder / file.name))
         base, *patches = tensors
         index = Index(base.pop(INDEX_HASH), base.pop(INDEX_ROW))
-        parts = [(patch.pop(PATCH_ROWS), Columns.from_tensors(patch)) for patch in patches]
+        parts = [Patch.from_tensors(patch) for patch in patches]
         names = [file.name for file in manifest.files]
         return StoreVersion(
-            manifest.number, manifest.meta, manifest.num_items, names, Columns.from_tensors(base), index, parts
+            manifest.number, manifest.meta, manifest.num_rows, names, Columns.from_tensors(base), index, parts
         )
 
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...files import TEMP_PREFIX, replacing
-from .columns import UTF8, Column, Columns, ItemRows, Meta, encode, map_file, whole, write_file
+from .columns import UTF8, Column, Columns, ItemRows, Meta, Patch, encode, erased, map_file, whole, write_file
 from .manifest import (
     DATA,
     DataFile,
@@ -26,8 +26,8 @@ from .manifest import (
     read_manifest,
     write_manifest,
 )
-from .snapshot import hash_ids, latest
-from .store import INDEX_HASH, INDEX_ROW, PATCH_ROWS, ItemStore
+from .snapshot import StoreVersion, hash_ids
+from .store import INDEX_HASH, INDEX_ROW, ItemStore
 
 __all__ = ["StoreWriter", "write_part"]
 
@@ -87,19 +87,41 @@ class StoreWriter:
         if not len(items):
             return now.number
         columns = encode(items, now.meta)
-        rows = torch.from_numpy(now.rows(items.ids))
+        rows = torch.from_numpy(now.places(items.ids))
         new = rows < 0
-        rows[new] = now.num_items + torch.arange(int(new.sum()))
+        rows[new] = now.num_rows + torch.arange(int(new.sum()))
+        return self._patch(now, Patch(rows, torch.zeros(len(rows), dtype=torch.bool), columns))
+
+    def remove(self, ids: Sequence[str]) -> int:
+        """A new version without these items, as `upsert`; its number. Ids that are not there are passed over. What was
+        stored of them leaves the disk with the base that holds it: `compact` writes another, and versions before go
+        with the next ones.
+
+        Raises:
+            StoreError: there is no version yet.
+            OSError: the disk is full, say; what was there before stays.
+        """
+        now = self._store.current()
+        ids = list(dict.fromkeys(ids))
+        rows = torch.from_numpy(now.rows(ids))
+        there = [name for name, row in zip(ids, rows.tolist(), strict=True) if row >= 0]
+        if not there:
+            return now.number
+        gone = torch.ones(len(there), dtype=torch.bool)
+        return self._patch(now, Patch(rows[rows >= 0], gone, erased(there, now.meta)))
+
+    def _patch(self, now: StoreVersion, patch: Patch) -> int:
         base, *patches = read_manifest(self.folder, now.number).files
-        patched = sum(file.items for file in patches) + len(items)
+        patched = sum(file.items for file in patches) + len(patch)
         # Smaller patches before it are taken into it: of n items there are then about log n patches.
-        taken = [(rows, columns)]
-        while patches and patches[-1].items <= sum(len(rows) for rows, _ in taken):
-            tensors = map_file(self.folder / patches.pop().name)
-            taken.insert(0, (tensors.pop(PATCH_ROWS), Columns.from_tensors(tensors)))
+        taken = [patch]
+        while patches and patches[-1].items <= sum(map(len, taken)):
+            taken.insert(0, Patch.from_tensors(map_file(self.folder / patches.pop().name)))
         number = self._next()
-        patch = self._write_patch(number, taken)
-        self._publish(Manifest(number, now.meta, now.num_items + int(new.sum()), (base, *patches, patch)))
+        made = Patch.latest(taken)
+        file = self._write(f"patch-{number:08d}.safetensors", len(made), whole(made.tensors()))
+        num_rows = max(now.num_rows, int(patch.rows.max()) + 1)
+        self._publish(Manifest(number, now.meta, num_rows, (base, *patches, file)))
         if patched > max(_MOST_PATCHED, _MOST_PATCHED_SHARE * base.items):
             try:
                 return self.compact()
@@ -108,9 +130,10 @@ class StoreWriter:
         return number
 
     def compact(self) -> int:
-        """A new version with the same items in one file; its number."""
+        """A new version with the same items in one file, and nothing of those that were removed; its number."""
         now = self._store.current()
-        return self._write_base(now.meta, map(now.columns, torch.arange(now.num_items).split(_PART)))
+        parts = torch.arange(now.num_rows).split(_PART)
+        return self._write_base(now.meta, (now.columns(rows[torch.from_numpy(now.alive(rows))]) for rows in parts))
 
     def _write_base(self, meta: Meta, parts: Iterable[Columns]) -> int:
         # A file says first how long each column is: parts wait on the disk, mapped, until all have come.
@@ -125,15 +148,10 @@ class StoreWriter:
     def _join(self, meta: Meta, parts: list[Columns]) -> int:
         if not parts:
             raise ValueError("parts: a store needs at least one, which may be empty")
-        number, num_items = self._next(), sum(map(len, parts))
-        file = self._write(f"base-{number:08d}.safetensors", num_items, {**_joined(parts), **_index(parts)})
-        self._publish(Manifest(number, meta, num_items, (file,)))
+        number, num_rows = self._next(), sum(map(len, parts))
+        file = self._write(f"base-{number:08d}.safetensors", num_rows, {**_joined(parts), **_index(parts)})
+        self._publish(Manifest(number, meta, num_rows, (file,)))
         return number
-
-    def _write_patch(self, number: int, parts: list[tuple[Tensor, Columns]]) -> DataFile:
-        rows, columns = latest(parts)
-        name = f"patch-{number:08d}.safetensors"
-        return self._write(name, len(rows), whole({PATCH_ROWS: rows, **columns.tensors()}))
 
     def _write(self, name: str, items: int, columns: Mapping[str, Column]) -> DataFile:
         path = self.folder / name
