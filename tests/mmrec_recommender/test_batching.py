@@ -97,6 +97,28 @@ def test_what_differs_is_answered_apart_in_the_order_of_arrival(online, monkeypa
     assert told == [(3, 0, True, None), (2, 4, True, None), (1, 0, False, None), (1, 0, True, 3)]
 
 
+def test_each_has_its_own_candidates_and_items_to_leave_out(online, monkeypatch):
+    gate = Gate(online, monkeypatch)
+    kinds = [
+        {}, {"exclude": ["7", "8"]}, {"candidates": ["20", "21", "22"]}, {"candidates": [], "exclude": ["20"]},
+        {"candidates": ["30", "20"], "exclude": ["20"]},
+    ]  # fmt: skip
+
+    async def main():
+        batcher = Batcher(online)
+        first = await gate.hold(batcher)
+        tasks = await started(batcher, *(Request([str(n)], 300, **kind) for n, kind in enumerate(kinds)))
+        gate.release()
+        _, *found = await asyncio.gather(first, *tasks)
+        batcher.close()
+        return [one.answer.items for one in found]
+
+    one, two, *chosen = run(main())
+    assert [call[0] for call in gate.calls] == [1, 2, 3]  # any items, and only some
+    assert {"7", "8"} <= {*one} and {*map(str, range(300))} - {*two} == {"1", "7", "8"}
+    assert [sorted(ids) for ids in chosen] == [["20", "21", "22"], [], ["30"]]
+
+
 def test_one_bad_request_harms_no_other(online, monkeypatch):
     gate = Gate(online, monkeypatch)
 

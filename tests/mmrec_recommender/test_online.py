@@ -71,6 +71,29 @@ def test_depth_reads_the_last_items(served):
         online.recommend([long], 3, depth=7)
 
 
+def test_candidates_and_items_to_leave_out(served):
+    model, items, store = served
+    online = OnlineRecommender(model, store)
+    histories = [[IDS[n] for n in history] for history in HISTORIES]
+    only = [[4, 7, 9, 0], [], [5, 10, 7], [3]]
+    found = online.recommend(histories, 5, candidates=[[*(IDS[n] for n in ids), "gone"] for ids in only])
+    for history, ids, one in zip(HISTORIES, only, found, strict=True):
+        wanted = model.recommend(Ragged.from_lists([history]), 5, items, candidates=np.array(ids, np.int64)).items[0]
+        assert one.items == [IDS[n] for n in wanted if n >= 0] and one.unknown == []
+    for exclude_seen in (True, False):
+        every = online.recommend(histories, ITEMS, exclude_seen=exclude_seen)
+        out = [one.items[1:3] for one in every]
+        found = online.recommend(
+            histories, ITEMS, exclude_seen=exclude_seen, exclude=[[*ids, "gone"] for ids in out]
+        )  # fmt: skip
+        for all_of_them, ids, one in zip(every, out, found, strict=True):
+            assert one.items == [item for item in all_of_them.items if item not in ids]
+    assert online.recommend([], 3, candidates=[], exclude=[]) == []
+    for name in ("candidates", "exclude"):
+        with pytest.raises(ValueError, match=f"{name} must have a list for each of 4 histories, got 1"):
+            online.recommend(histories, 5, **{name: [[IDS[1]]]})
+
+
 def test_what_the_store_does_not_have_is_left_out_and_named(served):
     model, _, store = served
     online = OnlineRecommender(model, store)

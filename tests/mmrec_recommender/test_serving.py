@@ -120,7 +120,9 @@ def test_other_paths(client):
     assert client.get("/recommend").status_code == 405 and client.get("/nothing").json() == {"detail": "Not Found"}
     page = client.get("/")
     assert page.status_code == 200 and "<title>mmrec</title>" in page.text
-    assert {*client.get("/openapi.json").json()["paths"]} == {"/recommend", "/items", "/health", "/metrics"}
+    assert {*client.get("/openapi.json").json()["paths"]} == {
+            "/recommend", "/items", "/items/remove", "/health", "/metrics",
+        }  # fmt: skip
     health = client.get("/health").json()
     assert (health["status"], health["items"], health["version"], health["model"]) == ("ok", ITEMS, 1, "generated")
     assert (health["modalities"], health["max_length"], health["reranker"]) == (["identity"], 20, "reversing")

@@ -39,6 +39,36 @@ def test_items_are_put_in_and_served(client, online):
     assert found["version"] == 3 and found["unknown"] == []
 
 
+def test_items_are_removed(client, online):
+    client.post("/items", json={"items": [item("new", 30.0)]})
+    given = {"ids": ["5", "gone", "new", "5"]}
+    found = client.post("/items/remove", json=given).json()
+    assert found == {"version": 3, "items": ITEMS - 1, "removed": 2, "unknown": ["gone"]}
+    for history in (["1"], ["5", "1"]):
+        found = client.post("/recommend", json=body(history, k=1000)).json()
+        assert not {"5", "new"} & {one["id"] for one in found["items"]} and len(found["items"]) == ITEMS - 2
+        assert found["unknown"] == [name for name in history if name == "5"]
+    assert client.get("/items", params={"text": "new"}).json() == {"items": []}
+    found = client.post("/items/remove", json=given).json()
+    assert found == {"version": 3, "items": ITEMS - 1, "removed": 0, "unknown": ["5", "gone", "new"]}
+    for wrong in ({}, {"ids": []}, {"ids": [""]}, {"ids": ["1"], "all": True}, {"ids": "1"}):
+        assert client.post("/items/remove", json=wrong).status_code == 422
+    assert len(ItemStore(online.store.folder).current()) == ITEMS - 1
+
+
+def test_only_some_items_may_be_answered(client):
+    asked = body(["1", "2"], k=5)
+    found = client.post("/recommend", json={**asked, "candidates": ["7", "2", "9", "gone"]}).json()
+    assert sorted(one["id"] for one in found["items"]) == ["7", "9"] and found["unknown"] == []
+    best = [one["id"] for one in client.post("/recommend", json=asked).json()["items"]]
+    found = client.post("/recommend", json={**asked, "exclude": best[:2]}).json()
+    assert [one["id"] for one in found["items"]][:3] == best[2:]
+    assert client.post("/recommend", json={**asked, "candidates": []}).json()["items"] == []
+    for name in ("candidates", "exclude"):
+        found = client.post("/recommend", json={**asked, name: ["1"] * 10_001})
+        assert found.status_code == 422 and found.json()["detail"].startswith(f"{name}: List should have at most 10000")
+
+
 @pytest.mark.parametrize(
     ("given", "detail"),
     [
@@ -189,6 +219,7 @@ def test_the_token(online):
             found = client.post("/items", json=given, headers={"authorization": wrong.encode()})
             assert found.status_code == 401 and found.headers["www-authenticate"] == "Bearer", wrong
         assert client.post("/recommend", json=body(["1"])).status_code == 200
+        assert client.post("/items/remove", json={"ids": ["1"]}).status_code == 401
         found = client.post("/items", json=given, headers={"authorization": "bearer sécret".encode()})
         assert found.status_code == 200
 
@@ -217,4 +248,5 @@ def test_the_token_is_asked_for_before_the_body_is_read(online):
 def test_read_only(online):
     with TestClient(create_app(online, Settings(writable=False))) as client:
         assert client.post("/items", json={"items": [item("new")]}).status_code == 405
+        assert client.post("/items/remove", json={"ids": ["1"]}).status_code == 404
         assert client.get("/items").status_code == 200

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from .planning import How
@@ -14,7 +15,7 @@ from .planning import How
 if TYPE_CHECKING:
     from .store import StoreVersion
 
-__all__ = ["Answer", "HistoryError", "answers_of", "names_of", "rows_of", "windows_of"]
+__all__ = ["Answer", "HistoryError", "answers_of", "lists_of", "names_of", "rows_of", "windows_of"]
 
 _OPEN = How(0, 0, 0.0)
 
@@ -92,6 +93,14 @@ def rows_of(
     for place in np.flatnonzero(missing):
         unknown[owner[place]].append(flat[place])
     return rows[~missing], np.concatenate([[0], kept.cumsum()]).astype(np.int64), unknown
+
+
+def lists_of(version: StoreVersion, ids: Sequence[Sequence[str]]) -> tuple[Tensor, Tensor]:
+    """Offsets and rows, as `top_k` takes them, of those ids that the store has."""
+    rows = version.rows([item for some in ids for item in some])
+    ends = np.cumsum([0, *map(len, ids)])
+    there = np.concatenate([[0], (rows >= 0).cumsum()])
+    return torch.from_numpy(there[ends]), torch.from_numpy(rows[rows >= 0])
 
 
 def names_of(version: StoreVersion, rows: np.ndarray | Tensor) -> list[str]:

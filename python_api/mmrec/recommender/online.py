@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .answers import Answer, HistoryError, answers_of, names_of, rows_of, windows_of
+from .answers import Answer, HistoryError, answers_of, lists_of, names_of, rows_of, windows_of
 from .planning import QUANTILES, Costs, How, Plan, Planner
 
 if TYPE_CHECKING:
@@ -142,6 +142,8 @@ class OnlineRecommender:
         k: int = 10,
         *,
         exclude_seen: bool = True,
+        exclude: Sequence[Sequence[str]] | None = None,
+        candidates: Sequence[Sequence[str]] | None = None,
         depth: int | None = None,
         rerank: int = 0,
         budget_ms: float | None = None,
@@ -155,6 +157,9 @@ class OnlineRecommender:
                 the answer. Users need not be known to anyone; items that training never saw count by their content.
             k: items per answer.
             exclude_seen: leave a history's own items out.
+            exclude: per history ids of other items to leave out.
+            candidates: per history the ids of the only items that may be answered; None: any. Those that the store does
+                not have are passed over.
             depth: how many last items are read, at most the model's `max_length`; None means that.
             rerank: how many of the best items the reranker ranks again; 0 for none.
             budget_ms: milliseconds for this call. Depth and reranking are then chosen, by what `costs` says, so that
@@ -164,12 +169,15 @@ class OnlineRecommender:
             seconds: takes the time of each of `STAGES`.
 
         Raises:
-            ValueError: k, depth, rerank, the budget or quantile out of range, rerank without a reranker, or a budget
-                without `costs` or together with depth or rerank.
+            ValueError: k, depth, rerank, the budget or quantile out of range, rerank without a reranker, a budget
+                without `costs` or together with depth or rerank, or another number of lists than of histories.
             HistoryError: a history that is empty, or of which store or model know nothing.
         """
         began = time.perf_counter()
         plan = self.check(k, depth, rerank, budget_ms, quantile)
+        for name, given in (("exclude", exclude), ("candidates", candidates)):
+            if given is not None and len(given) != len(histories):
+                raise ValueError(f"{name} must have a list for each of {len(histories)} histories, got {len(given)}")
         expected, planner = None, self._planner
         if budget_ms is not None and planner is not None:
             plan, expected = planner.choose(budget_ms, len(histories), quantile)
@@ -180,8 +188,13 @@ class OnlineRecommender:
             with _timed(taken, "user"):
                 query = self._states(version, rows, offsets, plan.depth)
             with _timed(taken, "retrieval"):
-                seen = (torch.from_numpy(offsets), torch.from_numpy(rows)) if exclude_seen else None
-                found = version.top_k(query, min(max(k, plan.rerank), max(len(version), 1)), exclude=seen)
+                left_out = (torch.from_numpy(offsets), torch.from_numpy(rows)) if exclude_seen else None
+                if exclude is not None:
+                    seen = histories if exclude_seen else [()] * len(histories)
+                    left_out = lists_of(version, [[*a, *b] for a, b in zip(seen, exclude, strict=True)])
+                only = None if candidates is None else lists_of(version, candidates)
+                most = min(max(k, plan.rerank), max(len(version), 1))
+                found = version.top_k(query, most, exclude=left_out, candidates=only)
             best, scores = found.ids, found.scores
             if plan.rerank and expected is not None and budget_ms is not None and planner is not None:
                 left = budget_ms - 1e3 * (time.perf_counter() - began)

@@ -15,7 +15,7 @@ from ..online import OnlineRecommender
 from .limits import Guard
 from .metrics import CONTENT_TYPE
 from .responses import HANDLERS, as_json, responses_of
-from .schemas import FoundItems, Health, ItemsIn, ItemsOut, RecommendIn, RecommendOut
+from .schemas import FoundItems, Health, ItemsIn, ItemsOut, RecommendIn, RecommendOut, RemoveIn, RemoveOut
 from .server import Server, Settings
 from .upsert import Encode
 
@@ -48,9 +48,10 @@ def create_app(
         title="mmrec", lifespan=server.lifespan, responses=responses_of(400, 413, 415, 422), version="1",
         description="Multimodal recommendations within a budget of milliseconds.",
     )  # fmt: skip
-    token = {} if settings.token is None else {("POST", "/items"): settings.token}
+    writing = ("/items", "/items/remove")
+    token = {} if settings.token is None else {("POST", path): settings.token for path in writing}
     app.add_middleware(
-        Guard, limits={"/items": settings.max_items_body}, default=settings.max_body, guarded=token,
+        Guard, limits=dict.fromkeys(writing, settings.max_items_body), default=settings.max_body, guarded=token,
         count=server.metrics.count,
     )  # fmt: skip
     if settings.hosts is not None:
@@ -85,6 +86,11 @@ def create_app(
         async def upsert(body: ItemsIn) -> Response:
             """Puts items in: they are on the disk, and served, when this answers."""
             return await server.upsert(body)
+
+        @app.post("/items/remove", response_model=RemoveOut, responses=responses_of(401, 409, 503, 507))
+        async def remove(body: RemoveIn) -> Response:
+            """Removes items: no answer has them any more when this answers. Those that are not there are named."""
+            return await server.remove(body)
 
     @app.get("/health", response_model=Health, responses=responses_of(503))
     async def health() -> Response:

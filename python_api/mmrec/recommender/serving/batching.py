@@ -48,6 +48,8 @@ class Request:
     rerank: int = 0
     budget_ms: float | None = None
     quantile: float = 0.99
+    exclude: Sequence[str] = ()
+    candidates: Sequence[str] | None = None
 
 
 class Answered(NamedTuple):
@@ -182,10 +184,13 @@ class Batcher:
         left = [ms for job in batch if (ms := job.left_ms()) is not None]
         began = time.perf_counter()
         seconds: dict[str, float] = {}
+        exclude = [job.request.exclude for job in batch]
+        candidates = [job.request.candidates or () for job in batch]
         try:
             answers = self.online.recommend(
                 [job.request.history for job in batch], max(job.request.k for job in batch),
-                exclude_seen=first.exclude_seen, depth=first.depth, rerank=first.rerank,
+                exclude_seen=first.exclude_seen, exclude=exclude if any(exclude) else None,
+                candidates=None if first.candidates is None else candidates, depth=first.depth, rerank=first.rerank,
                 budget_ms=min(left) if left else None, quantile=first.quantile, seconds=seconds,
             )  # fmt: skip
         except HistoryError as error:  # of some of them; the others are answered without
@@ -230,9 +235,12 @@ class _Fits:
         return None if left_ms is None else self._online.planned(left_ms, histories, self._key[-1])
 
 
-def _key(request: Request) -> tuple[bool, int | None, int, bool, float]:
+def _key(request: Request) -> tuple[bool, bool, int | None, int, bool, float]:
     """What requests that are answered together must have in common."""
-    return request.exclude_seen, request.depth, request.rerank, request.budget_ms is None, request.quantile
+    return (
+        request.exclude_seen, request.candidates is None, request.depth, request.rerank, request.budget_ms is None,
+        request.quantile,
+    )  # fmt: skip
 
 
 def _first(answer: Answer, k: int) -> Answer:

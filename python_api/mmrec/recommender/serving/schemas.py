@@ -6,9 +6,19 @@ from typing import Annotated
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 
-__all__ = ["Error", "FoundItems", "Health", "ItemsIn", "ItemsOut", "RecommendIn", "RecommendOut"]
+__all__ = [
+    "Error",
+    "FoundItems",
+    "Health",
+    "ItemsIn",
+    "ItemsOut",
+    "RecommendIn",
+    "RecommendOut",
+    "RemoveIn",
+    "RemoveOut",
+]
 
-MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS, MAX_TEXT = 512, 4096, 1000, 1000, 4096, 65536
+MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS, MAX_TEXT, MAX_LIST = 512, 4096, 1000, 1000, 4096, 65536, 10_000
 
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="id of an item")]
 # JSON has one kind of number, and 3.0 is an integer there.
@@ -35,6 +45,10 @@ class RecommendIn(_In):
     history: list[ItemId] = Field(min_length=1, max_length=MAX_HISTORY, description="item ids, oldest first")
     k: Whole = Field(10, ge=1, le=MAX_K, description="items per answer")
     exclude_seen: bool = Field(True, description="leave the history's own items out")
+    exclude: list[ItemId] = Field([], max_length=MAX_LIST, description="other items to leave out")
+    candidates: list[ItemId] | None = Field(
+        None, max_length=MAX_LIST, description="the only items that may be answered; those that are not there are none"
+    )
     depth: Whole | None = Field(None, ge=1, description="how many last items are read")
     rerank: Whole = Field(0, ge=0, le=MAX_K, description="how many of the best items are ranked again")
     budget_ms: float | None = Field(
@@ -102,6 +116,21 @@ class ItemsOut(BaseModel):
     version: int = Field(description="of the store, which is served from now on")
     items: int = Field(description="of the store")
     new: int
+
+
+class RemoveIn(_In):
+    """Items to remove."""
+
+    ids: list[ItemId] = Field(min_length=1, max_length=MAX_ITEMS)
+
+
+class RemoveOut(BaseModel):
+    """What came of it."""
+
+    version: int = Field(description="of the store, which is served from now on")
+    items: int = Field(description="of the store")
+    removed: int
+    unknown: list[str] = Field(description="ids that the store did not have")
 
 
 class FoundItem(BaseModel):

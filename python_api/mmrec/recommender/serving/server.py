@@ -6,18 +6,19 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from fastapi import FastAPI, Response
 
 from ..online import OnlineRecommender
-from ..store import StoreBusyError, StoreError
+from ..store import StoreBusyError, StoreError, StoreVersion, StoreWriter
 from . import batching
 from .batching import Answered, Batcher
 from .metrics import Metrics
 from .responses import RETRY, answer_of, as_error, as_json
-from .schemas import ItemsIn, RecommendIn
+from .schemas import ItemsIn, RecommendIn, RemoveIn
 from .upsert import Encode, encoded, item_rows
 
 __all__ = ["Server", "Settings"]
@@ -33,11 +34,11 @@ class Settings:
     Attributes:
         max_batch, max_waiting, timeout: see `Batcher`.
         reload_seconds: how often a new version of the store is looked for.
-        writable: `POST /items` is there.
-        token: what `POST /items` must bring as its bearer token; None: nothing.
-        max_body: bytes of a request, but for `POST /items`, which may have `max_items_body`.
+        writable: `POST /items` and `POST /items/remove` are there.
+        token: what those two must bring as their bearer token; None: nothing.
+        max_body: bytes of a request, but for those two, which may have `max_items_body`.
         max_rerank: items that a request may have ranked again.
-        max_writes: requests to `POST /items` that may wait for each other.
+        max_writes: requests to those two that may wait for each other.
         hosts: names that requests may address this server by, against other sites' pages; None: any.
         close_seconds: what has begun may take when the server closes.
     """
@@ -119,8 +120,9 @@ class Server:
         if body.rerank > self.settings.max_rerank:
             return as_error(422, f"rerank: must be at most {self.settings.max_rerank}, got {body.rerank}")
         request = batching.Request(
-            body.history, body.k, body.exclude_seen, body.depth, body.rerank, body.budget_ms, body.quantile
-        )
+            body.history, body.k, body.exclude_seen, body.depth, body.rerank, body.budget_ms, body.quantile,
+            body.exclude, body.candidates,
+        )  # fmt: skip
         try:
             found = await self.batcher.recommend(request)
         except ValueError as error:
@@ -147,30 +149,53 @@ class Server:
 
     async def upsert(self, body: ItemsIn) -> Response:
         """`POST /items`."""
+
+        def write() -> dict[str, Any]:
+            made = encoded(body.items, self.encode)  # which may take long, before others have to wait
+            with self._writer() as (writer, now):
+                rows = item_rows(body.items, now, made)
+                new = int((now.rows(rows.ids) < 0).sum())
+                return {"version": writer.upsert(rows), "new": new}
+
+        return await self._write(write, f"{len(body.items)} items given")
+
+    async def remove(self, body: RemoveIn) -> Response:
+        """`POST /items/remove`."""
+
+        def write() -> dict[str, Any]:
+            ids = list(dict.fromkeys(body.ids))
+            with self._writer() as (writer, now):
+                there = now.rows(ids) >= 0
+                unknown = [name for name, found in zip(ids, there, strict=True) if not found]
+                return {"version": writer.remove(ids), "removed": int(there.sum()), "unknown": unknown}
+
+        return await self._write(write, f"{len(body.ids)} items to remove")
+
+    @contextlib.contextmanager
+    def _writer(self) -> Iterator[tuple[StoreWriter, StoreVersion]]:
+        with self.online.store.writer(timeout=1.0) as writer:
+            # The newest version, not the one that is served: another process may have written since.
+            now = self.online.store.current()
+            self.online.check_version(now)
+            try:
+                yield writer, now
+            except OSError as error:
+                raise _UnwrittenError(error.strerror or str(error)) from error
+
+    async def _write(self, write: Callable[[], dict[str, Any]], what: str) -> Response:
+        """What `write` says of a new version, once that is served; one writes at a time."""
         if self._writes >= self.settings.max_writes:
             return as_error(503, f"{self._writes} requests with items wait already", RETRY)
         self._writes += 1
         try:
             async with self._writing:
-                return await self._upsert(body)
+                return await self._written(write, what)
         finally:
             self._writes -= 1
 
-    async def _upsert(self, body: ItemsIn) -> Response:
-        def write() -> tuple[int, int]:
-            made = encoded(body.items, self.encode)  # which may take long, before others have to wait
-            with self.online.store.writer(timeout=1.0) as writer:
-                # The newest version, not the one that is served: another process may have written since.
-                now = self.online.store.current()
-                self.online.check_version(now)
-                rows = item_rows(body.items, now, made)
-                try:
-                    return writer.upsert(rows), int((now.rows(rows.ids) < 0).sum())
-                except OSError as error:
-                    raise _UnwrittenError(error.strerror or str(error)) from error
-
+    async def _written(self, write: Callable[[], dict[str, Any]], what: str) -> Response:
         try:
-            number, new = await asyncio.to_thread(write)
+            told = await asyncio.to_thread(write)
         except StoreBusyError as error:
             return as_error(503, str(error), RETRY)
         except StoreError as error:
@@ -181,12 +206,14 @@ class Server:
             _LOG.error("store: items could not be written: %s", error)
             return as_error(507, f"the items could not be written: {error}")
         await self._reload()
+        number = told["version"]
         if self.online.version.number < number:
             return as_error(
                 503, f"the items are in version {number} of the store, which cannot be served now: {self._told}"
             )
-        _LOG.info("store: version %d with %d new of %d items given", number, new, len(body.items))
-        return as_json({"version": number, "items": len(self.online.version), "new": new})
+        told["items"] = len(self.online.version)
+        _LOG.info("store: version %d, %d items after %s", number, told["items"], what)
+        return as_json(told)
 
     def health(self) -> Response:
         """`GET /health`."""
