@@ -1,10 +1,11 @@
 // One query: a first pass decides which items are worth their exact score, by a bound of it.
 //
 // Along its row, an item's product needs no transposition: every 4 rows' lanes are summed by a tree. That sum and the chain
-// that defines a score have the same products and round them in another order:
-//     |sum - chain|  <=  2 · (D + 8) · 2^-24 · sum_d |q_d| · max |x|                  the largest of a panel's elements
-// and what is lost where numbers become subnormal is far below 2^-110. Items whose score could pass the threshold are scored
-// by the chain of all other paths, so results are the same bits.
+// that defines a score have the same products and round them in another order. With S = sum_d |q_d| · max |x|, the largest of
+// a panel's elements:
+//     |sum - chain|  <=  2 · (D + 8) · 2^-24 · S  +  (D + 8) · 2^-125        where S < 2^126, so that neither overflows
+// The second term is what can be lost where sums become subnormal, or are flushed to zero then. Vectors of rows of which one
+// could pass the threshold are scored by the chain of all other paths, so results are the same bits.
 #pragma once
 
 #include "panel.h"
@@ -31,7 +32,7 @@ MMREC_INLINE uint32_t may_pass(F32 product, F32 margin, const float* scales, con
     score = mul(score, scale);
     margin = mul(margin, abs(scale));
   }
-  margin = add(margin, broadcast(0x1p-110f));
+  margin = add(margin, broadcast(0x1p-110f));  // what these few lines lose where numbers become subnormal
   F32 size = abs(score);
   uint32_t removed = 0;
   if (biases != nullptr) {
@@ -40,8 +41,7 @@ MMREC_INLINE uint32_t may_pass(F32 product, F32 margin, const float* scales, con
     size = add(size, abs(bias));
     removed = same(bias, broadcast(-__builtin_inff()));
   }
-  // The roundings of these lines and of the exact score's scale and bias are a few units in the last place. Sums along a row may
-  // overflow where the chain does not: the infinite size of such a product makes the bound NaN, or infinite.
+  // The roundings of these lines and of the exact score's scale and bias are a few units in the last place.
   const F32 bound = add(score, fma(size, broadcast(0x1p-20f), margin));
   return not_at_most(bound, broadcast(threshold)) & ~removed;  // NaN passes
 }
@@ -64,7 +64,8 @@ class RowProducts {
       std::memcpy(room + (step / block) * block + (at % kPerWord) * kLanes + at / kPerWord, &q, sizeof(q));
       total += Columns<type>::Step::size(q);
     }
-    rounding_ = static_cast<float>(1.01 * 2 * static_cast<double>(scan.width + 8) * 0x1p-24 * total);
+    total_ = total;
+    roundings_ = static_cast<double>(scan.width + 8);
   }
 
   // Of a panel's rows; what each of them can be off by.
@@ -79,7 +80,9 @@ class RowProducts {
       _mm_store_ps(sums + i, four_sums(acc[0], acc[1], acc[2], acc[3]));
     }
     for (int v = 0; v < kVectors; ++v) products[v] = load(sums + v * kLanes);
-    return broadcast(rounding_ * Columns<type>::size(most));
+    const double size = total_ * static_cast<double>(Columns<type>::size(most));
+    if (!(size < 0x1p126)) return broadcast(__builtin_inff());
+    return broadcast(static_cast<float>(1.01 * roundings_ * (2 * 0x1p-24 * size + 0x1p-125)));
   }
 
  private:
@@ -101,7 +104,8 @@ class RowProducts {
 
   const float* query_;  // [ceil(words / kLanes)][kPerWord][kLanes]: what meets column c of word w at [w / kLanes][c][w % kLanes]
   int64_t bytes_;       // of a row
-  float rounding_;      // what a product can be off by, over the largest |x|
+  double total_;        // sum of |q|
+  double roundings_;    // of a product, and some to spare
 };
 
 }  // namespace

@@ -146,27 +146,43 @@ MMREC_INLINE void score_rows(const TopkScan<float>& scan, const Panel<float>& pa
 }
 
 template <int kQueries, ItemType type>
-void scan_rows(const TopkScan<float>& scan, Panel<float>& panel) {
+MMREC_INLINE void keep_rows(const TopkScan<float>& scan, const Panel<float>& panel, int v) {
+  F32 acc[kQueries];
+  score_rows<kQueries, type>(scan, panel, v, acc);
+  for (int i = 0; i < kQueries; ++i) keep(scan, panel, scan.selections[i], acc[i], v);
+}
+
+template <int kQueries, ItemType type>
+MMREC_INLINE void scan_panel(const TopkScan<float>& scan, int64_t first, Panel<float>& panel) {
   constexpr int kLanes = F32::kLanes;
-  for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
-    find_rows(scan, first, panel);
-    for (int v = 0; v < kVectors && v * kLanes < panel.count; ++v) {
-      F32 acc[kQueries];
-      touch(panel, v * kLanes, scan.width * item_bytes(type));
-      score_rows<kQueries, type>(scan, panel, v, acc);
-      for (int i = 0; i < kQueries; ++i) keep(scan, panel, scan.selections[i], acc[i], v);
-    }
+  find_rows(scan, first, panel);
+  for (int v = 0; v < kVectors && v * kLanes < panel.count; ++v) {
+    touch(panel, v * kLanes, scan.width * item_bytes(type));
+    keep_rows<kQueries, type>(scan, panel, v);
   }
 }
 
-// One query: `products_of` gives a panel's products, give or take a margin, and only those rows are scored in full that may be
-// among the best.
+template <int kQueries, ItemType type>
+void scan_rows(const TopkScan<float>& scan, Panel<float>& panel) {
+  for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
+    scan_panel<kQueries, type>(scan, first, panel);
+  }
+}
+
+// One query: `products_of` gives a panel's products, give or take a margin, and only vectors of rows of which one may be among the
+// best are scored in full. So are all while nothing could be left out: before the first cut, and for some panels after one of
+// which everything passed (items in the order of their scores, or a row beside which others are small).
 template <ItemType type, typename Products>
 void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const Products& products_of) {
-  constexpr int kLanes = F32::kLanes, kRows = kPanelRows<float>;
-  Selection<float>& selection = scan.selections[0];
+  constexpr int kLanes = F32::kLanes, kRows = kPanelRows<float>, kPanelsInFull = 8;
+  const Selection<float>& selection = scan.selections[0];
   const int64_t step = scan.row_stride * item_bytes(type);
+  int64_t in_full = scan.begin;  // panels before this one
   for (int64_t first = scan.begin; first < scan.end; first += kRows) {
+    if (first < in_full || selection.threshold == -__builtin_inff()) {
+      scan_panel<1, type>(scan, first, panel);
+      continue;
+    }
     const bool in_order = scan.ids == nullptr && scan.end - first >= kRows;
     F32 products[kVectors], margin;
     if (in_order) {
@@ -175,21 +191,21 @@ void scan_passing(const TopkScan<float>& scan, Panel<float>& panel, const Produc
       find_rows(scan, first, panel);
       margin = products_of(panel.rows, products);
     }
-    const auto of_row = [&](const float* all, const float* here) { return all == nullptr ? nullptr : in_order ? all + first : here; };
-    const float* const scales = of_row(scan.scales, panel.scale);
-    const float* const biases = of_row(scan.bias, panel.bias);
+    const auto of_row = [&](const float* all, const float* here, int row) -> const float* {
+      return all == nullptr ? nullptr : (in_order ? all + first : here) + row;
+    };
     bool found = !in_order;
-    for (int v = 0; v < kVectors; ++v) {
-      const int row = v * kLanes;
-      const uint32_t passing = may_pass(products[v], margin, scales == nullptr ? nullptr : scales + row,
-                                        biases == nullptr ? nullptr : biases + row, selection.threshold);
-      if (__builtin_expect(passing == 0, 1)) continue;
+    int passed = 0, row = 0;
+    for (int v = 0; v < kVectors && (in_order || row < panel.count); ++v, row += kLanes) {
+      const float* const scales = of_row(scan.scales, panel.scale, row);
+      const float* const biases = of_row(scan.bias, panel.bias, row);
+      if (__builtin_expect(may_pass(products[v], margin, scales, biases, selection.threshold) == 0, 1)) continue;
       if (!found) find_rows(scan, first, panel);
       found = true;
-      F32 exact[1];
-      score_rows<1, type>(scan, panel, v, exact);
-      keep(scan, panel, selection, exact[0], v);
+      ++passed;
+      keep_rows<1, type>(scan, panel, v);
     }
+    if (passed == kVectors) in_full = first + (1 + kPanelsInFull) * kRows;
   }
 }
 
