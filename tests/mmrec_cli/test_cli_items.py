@@ -138,14 +138,16 @@ def test_token_rows_are_what_the_item_tower_fuses(mmrec: Mmrec, trained: Path, n
 
 def test_items_are_removed(mmrec: Mmrec, trained: Path, new_items: Path, tmp_path: Path) -> None:
     store, ids, file = ItemStore(tmp_path / "store"), Catalogue.load(open_run(trained).data).item_ids, tmp_path / "gone"
-    file.write_text(f"{ids[3]}\nnobody\n\n{ids[5]}")
+    file.write_bytes(f"\ufeff{ids[3]}\r\nnobody\n\n{ids[5]}\n{ids[7]}\x1c{ids[8]}\n".encode())
     options = ("index", "--run", trained, "--out", store.folder)
     mmrec(*options, "--remove", file).failed("holds no item store")
     mmrec(*options).succeeded()
     outcome = mmrec(*options, "--remove", file).succeeded()
-    assert "2 items removed" in outcome.out and "version 2, 46 items" in outcome.out
+    assert "2 items removed, 2 of " in outcome.out and "not in the store: 'nobody', '" in outcome.out
+    assert "version 2, 46 items" in outcome.out
     assert store.current().rows([ids[3], ids[5], ids[4]]).tolist() == [-1, -1, 4]
     mmrec(*options, "--remove", file, "--items", new_items).failed("without --items")
+    mmrec(*options, "--remove", file, "--update").failed("--remove takes items out")
     mmrec(*options, "--remove", tmp_path / "none").failed("none")
 
 

@@ -8,7 +8,7 @@ import torch
 pytest.importorskip("faiss")
 
 
-from mmrec.recommender import ItemStore, OnlineRecommender  # noqa: E402
+from mmrec.recommender import ItemStore, OnlineRecommender, calibrate  # noqa: E402
 from mmrec.recommender.latency import generated  # noqa: E402
 from mmrec.recommender.store import AnnIndex, ItemRows, Meta  # noqa: E402
 
@@ -104,6 +104,25 @@ def test_removed_items_are_not_found(store, kind):
         hits = {*found.ids.flatten().tolist()} & {*one.top_k(query, 10, exact=True).ids.flatten().tolist()}
         assert len(hits) >= 16
     assert anew.index.recall > 0.9
+
+
+@pytest.mark.parametrize("kind", ["ivf", "hnsw"])
+def test_a_base_without_items_needs_no_index(tmp_path, kind):
+    with generated(300, "float32", width=WIDTH, history=10, folder=tmp_path) as plain:
+        online = OnlineRecommender(plain.model, plain.store, ann=kind)
+        with plain.store.writer() as writer:
+            writer.upsert(items(["a", "b"], torch.ones(2, WIDTH)))
+            writer.remove([str(n) for n in range(300)])
+        assert online.reload()
+        anew = OnlineRecommender(plain.model, ItemStore(tmp_path), ann=kind)
+        for one in (online, anew):
+            assert one.version.index is None and one.recommend([["a"]], 3)[0].items == ["b"]
+        with plain.store.writer() as writer:
+            writer.remove(["a", "b"])
+            writer.compact()
+        assert online.reload() and len(online.version) == 0 and online.version.index is None
+        with pytest.raises(ValueError, match="has no items that histories could be of"):
+            calibrate(online)
 
 
 def test_online(tmp_path):

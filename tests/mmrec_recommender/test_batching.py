@@ -114,9 +114,26 @@ def test_each_has_its_own_candidates_and_items_to_leave_out(online, monkeypatch)
         return [one.answer.items for one in found]
 
     one, two, *chosen = run(main())
-    assert [call[0] for call in gate.calls] == [1, 2, 3]  # any items, and only some
+    assert [call[0] for call in gate.calls] == [1, 1, 1, 1, 2]  # lists and candidates, each alone or together
     assert {"7", "8"} <= {*one} and {*map(str, range(300))} - {*two} == {"1", "7", "8"}
     assert [sorted(ids) for ids in chosen] == [["20", "21", "22"], [], ["30"]]
+
+
+def test_only_so_many_listed_ids_go_into_a_batch(online, monkeypatch):
+    gate = Gate(online, monkeypatch)
+    requests = [Request([str(n)], 3, exclude=["7"] * count) for n, count in enumerate((900, 900, 900, 5000, 10, 10))]
+
+    async def main():
+        batcher = Batcher(online)
+        first = await gate.hold(batcher)
+        tasks = await started(batcher, *requests)
+        gate.release()
+        found = await asyncio.gather(first, *tasks)
+        batcher.close()
+        return found
+
+    assert all(len(one.answer.items) == 3 for one in run(main()))
+    assert sorted(call[0] for call in gate.calls[1:]) == [1, 1, 4]
 
 
 def test_one_bad_request_harms_no_other(online, monkeypatch):

@@ -80,6 +80,8 @@ def test_removed_items(tmp_path, dtype):
         writer.upsert(items(["new-0", "new-1", "item-8item-8item-8"], seed=1))
         assert writer.remove([*gone, "nobody", "item-3"]) == 3
         assert writer.remove(["item-3", "nobody"]) == 3  # nothing to do
+        with pytest.raises(TypeError, match="got the string 'item-4'"):
+            writer.remove("item-4")
     left = patched(items(IDS), items(["new-0", "new-1", "item-8item-8item-8"], seed=1))
     kept = [n for n, name in enumerate(left.ids) if name not in gone]
 

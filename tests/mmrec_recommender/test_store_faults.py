@@ -19,6 +19,7 @@ import torch
 from store_helpers import IDS, assert_holds, items, made, patched, versions_of
 
 from mmrec.recommender.store import ItemStore, StoreError, StoreVersion, columns, manifest
+from mmrec.recommender.store.columns import Patch
 
 
 @pytest.mark.parametrize("file", ["version-00000002.json", "patch-00000002.safetensors"])
@@ -130,6 +131,26 @@ def test_a_store_of_a_newer_format_is_left_alone(tmp_path):
         for _ in range(5):
             writer.compact()
     assert before <= {path.name for path in tmp_path.iterdir()}
+
+
+def test_a_store_of_the_format_before_is_read_and_written(tmp_path, monkeypatch):
+    with monkeypatch.context() as before:
+        before.setattr(manifest, "FORMAT", 1)
+        tensors = Patch.tensors
+        before.setattr(Patch, "tensors", lambda p: {k: v for k, v in tensors(p).items() if k != "patch.removed"})
+        change = items(["item-3", "new"], seed=4)
+        store = made(tmp_path)
+        with store.writer() as writer:
+            writer.upsert(change)
+    assert json.loads((tmp_path / "version-00000002.json").read_text())["format"] == 1
+    assert_holds(ItemStore(tmp_path).current(), patched(items(IDS), change))
+    with ItemStore(tmp_path).writer() as writer:
+        writer.remove(["new"])
+        for n in range(4):
+            writer.upsert(items([f"newer-{n}"]))
+    version = ItemStore(tmp_path).current()
+    assert version.rows(["new", "item-3", "newer-3"]).tolist() == [-1, 3, len(IDS) + 4]
+    assert len(list(tmp_path.glob("version-*.json"))) == 3  # old ones go, of whatever format
 
 
 def test_no_items_make_no_version(tmp_path):

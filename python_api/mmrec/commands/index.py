@@ -31,16 +31,16 @@ def index_command(
     began = time.perf_counter()
     opened = open_run(run)
     several = engine == "ray" or under_torchrun()
+    if remove is not None and (items is not None or update or tokens or several):
+        raise ValueError(
+            "--remove takes items out of the store that is there, in one process, without other options that write"
+        )
     if items is None and (update or several):
         raise ValueError(f"{'--update' if update else 'building in shards'} needs --items, a folder of items to encode")
     if engine == "ray" and under_torchrun():
         raise ValueError("--engine ray is a job of one process; start it without torchrun")
     if update and several:
         raise ValueError("--update adds to a store in one process; without --engine and torchrun")
-    if remove is not None and (items is not None or tokens or several):
-        raise ValueError(
-            "--remove takes items out of the store that is there, in one process; without --items, --tokens"
-        )
     if update and tokens:
         raise ValueError("--update keeps the tokens that the store has; --tokens is for a new one")
     meta = meta_of(opened, dtype, tokens)
@@ -125,16 +125,17 @@ def _remove(run: TrainedRun, folder: Path, file: Path) -> StoreVersion:
     """Without the items that a file names."""
     from ..recommender.store import ItemStore
 
-    ids = file.read_text(encoding="utf-8").splitlines()
+    lines = file.read_text(encoding="utf-8-sig").split("\n")  # no other line ends: ids may hold anything
+    ids = [name for line in lines if (name := line.removesuffix("\r"))]
     store = ItemStore(folder)
     check_model(run, store.current())
     with store.writer() as writer:
         check_model(run, store.current())
-        before = len(store.current())
-        writer.remove([name for name in ids if name])
-    version = store.current()
-    say(f"{before - len(version)} items removed; {file} has {len(ids)} lines")
-    return version
+        unknown = [name for name, row in zip(ids, store.current().rows(ids).tolist(), strict=True) if row < 0]
+        writer.remove(ids)
+    shown = f": {', '.join(map(repr, unknown[:5]))}{', …' if len(unknown) > 5 else ''}" if unknown else ""
+    say(f"{len(set(ids) - set(unknown))} items removed, {len(unknown)} of {file} are not in the store{shown}")
+    return store.current()
 
 
 def check_model(run: TrainedRun, version: StoreVersion) -> None:

@@ -140,7 +140,9 @@ def _set_costs(online: OnlineRecommender, path: Path | None, seconds: float, wor
         except ValueError as error:
             _LOG.warning("%s", error)
             costs = None
-    if costs is None and seconds:
+    if costs is None and seconds and not len(online.version):
+        _LOG.warning("no budgets: the store has no items by which to measure what answers cost")
+    elif costs is None and seconds:
         depths, widths = ({plan.depth for plan in worth}, {plan.rerank for plan in worth if plan.rerank})
         settings: dict[str, Any] = {"depths": sorted(depths), "widths": sorted(widths)} if worth else {}
         with status("measuring what answers cost"):

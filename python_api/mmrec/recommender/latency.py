@@ -101,12 +101,12 @@ def measure(
     `histories`: which are drawn from; None: random items of a generated store.
     """
     random = np.random.default_rng(seed)
-    num_items = len(online.version)
+    rows = online.version.alive_rows()
 
     def drawn() -> Sequence[str]:
         if histories is not None:
             return histories[int(random.integers(len(histories)))]
-        return [str(row) for row in random.integers(num_items, size=load.history)]
+        return [str(row) for row in random.choice(rows, size=load.history)]
 
     def call(on: OnlineRecommender) -> dict[str, float]:
         asked = [drawn() for _ in range(load.batch)]
@@ -132,7 +132,7 @@ def measure(
         first = 1e3 * float(np.median([taken[stage] for taken in cold]))
         found.append(
             Latency(
-                num_items,
+                len(online.version),
                 online.version.meta.width,
                 online.version.meta.dtype,
                 torch.get_num_threads(),
@@ -168,18 +168,20 @@ def calibrate(
         seed: of the histories.
 
     Raises:
-        ValueError: one of depths, batches or widths is below 1, or batches is empty.
+        ValueError: one of depths, batches or widths is below 1, or batches is empty, or the store.
     """
     for name, given in (("depths", depths), ("batches", batches), ("widths", widths)):
         if min((1, *given)) < 1:
             raise ValueError(f"{name} must be at least 1, got {min(given)}")
     if not batches:
         raise ValueError("batches must hold at least one number, got none")
+    if not len(online.version):
+        raise ValueError("online: its store has no items that histories could be of")
+    alive = online.version.alive_rows()
     most, random = online.model.config.max_length, np.random.default_rng(seed)
 
     def histories(count: int) -> list[list[str]]:
-        rows = random.integers(len(online.version), size=(count, most))
-        return [online.version.ids(row) for row in rows]
+        return [online.version.ids(row) for row in random.choice(alive, size=(count, most))]
 
     def timed(once: Callable[[list[list[str]]], float], count: int) -> Times:
         once(histories(count))

@@ -174,25 +174,31 @@ class OnlineRecommender:
             HistoryError: a history that is empty, or of which store or model know nothing.
         """
         began = time.perf_counter()
+        version = self.version
         plan = self.check(k, depth, rerank, budget_ms, quantile)
         for name, given in (("exclude", exclude), ("candidates", candidates)):
             if given is not None and len(given) != len(histories):
                 raise ValueError(f"{name} must have a list for each of {len(histories)} histories, got {len(given)}")
+        left_out = only = None
+        if exclude is not None:
+            seen = histories if exclude_seen else [()] * len(histories)
+            left_out = lists_of(version, [[*a, *b] for a, b in zip(seen, exclude, strict=True)])
+        if candidates is not None:
+            only = lists_of(version, candidates)
+        # Lists may have any length: what they took is known, and no part of what is planned.
+        listed_ms = 1e3 * (time.perf_counter() - began)
         expected, planner = None, self._planner
         if budget_ms is not None and planner is not None:
-            plan, expected = planner.choose(budget_ms, len(histories), quantile)
-        version, taken = self.version, seconds if seconds is not None else {}
+            plan, expected = planner.choose(max(budget_ms - listed_ms, 1e-3), len(histories), quantile)
+        taken = seconds if seconds is not None else {}
         with torch.inference_mode():
             with _timed(taken, "history"):
                 rows, offsets, unknown = rows_of(version, histories)
             with _timed(taken, "user"):
                 query = self._states(version, rows, offsets, plan.depth)
             with _timed(taken, "retrieval"):
-                left_out = (torch.from_numpy(offsets), torch.from_numpy(rows)) if exclude_seen else None
-                if exclude is not None:
-                    seen = histories if exclude_seen else [()] * len(histories)
-                    left_out = lists_of(version, [[*a, *b] for a, b in zip(seen, exclude, strict=True)])
-                only = None if candidates is None else lists_of(version, candidates)
+                if left_out is None and exclude_seen:
+                    left_out = torch.from_numpy(offsets), torch.from_numpy(rows)
                 most = min(max(k, plan.rerank), max(len(version), 1))
                 found = version.top_k(query, most, exclude=left_out, candidates=only)
             best, scores = found.ids, found.scores
@@ -207,7 +213,8 @@ class OnlineRecommender:
                 answers = answers_of(version, best[:, :k], scores[:, :k])
         took = 1e3 * (time.perf_counter() - began)
         if expected is not None and planner is not None:
-            planner.learn(took, expected, quantile)
+            planner.learn(took - listed_ms, expected, quantile)
+            expected += listed_ms
         how = How(*plan, took, budget_ms, expected, budget_ms is None or took <= budget_ms)
         return [
             answer._replace(reranked=again[:k], unknown=gone, how=how)
@@ -288,7 +295,8 @@ class OnlineRecommender:
         from .store import AnnIndex
 
         self.check_version(version)
-        if self.ann is not None and version.index is None:
+        # An index of nothing would find nothing; what came since the base was written is read in any case.
+        if self.ann is not None and version.index is None and version.base_alive:
             known = None if before is None else before.index
             same = known is not None and known.base == version.files[0]
             version.index = known if same else AnnIndex.build(version, self.ann)

@@ -89,7 +89,7 @@ def create_app(
 
         @app.post("/items/remove", response_model=RemoveOut, responses=responses_of(401, 409, 503, 507))
         async def remove(body: RemoveIn) -> Response:
-            """Removes items: no answer has them any more when this answers. Those that are not there are named."""
+            """Removes items: no request that comes after this has answered finds them. Unknown ones are named."""
             return await server.remove(body)
 
     @app.get("/health", response_model=Health, responses=responses_of(503))

@@ -23,6 +23,7 @@ __all__ = ["Answered", "Batcher", "ClosedError", "LateError", "OverloadedError",
 
 _LOG = logging.getLogger(__name__)
 _MOST_RERANKED = 256  # items in one call, where requests say how many
+_MOST_LISTED = 2000  # ids in one call that requests exclude or allow
 
 
 class OverloadedError(Exception):
@@ -213,13 +214,16 @@ class _Fits:
 
     def __init__(self, online: OnlineRecommender, first: _Job) -> None:
         self._online, self._key = online, _key(first.request)
-        self._count, self._left = 0, math.inf
+        self._count, self._left, self._listed = 0, math.inf, 0
         self._plan = self._planned(first.left_ms(), 1)
 
     def __call__(self, job: _Job) -> bool:
         if _key(job.request) != self._key:
             return False
         if self._count and (self._count + 1) * job.request.rerank > _MOST_RERANKED:
+            return False
+        listed = self._listed + len(job.request.exclude) + len(job.request.candidates or ())
+        if self._count and listed > _MOST_LISTED:
             return False
         alone = job.left_ms()
         left = math.inf if alone is None else min(alone, self._left)
@@ -228,18 +232,18 @@ class _Fits:
             plans = {self._planned(alone, 1), self._planned(left, self._count + 1)}
             if plans != {self._plan}:
                 return False
-        self._count, self._left = self._count + 1, left
+        self._count, self._left, self._listed = self._count + 1, left, listed
         return True
 
     def _planned(self, left_ms: float | None, histories: int) -> Plan | None:
         return None if left_ms is None else self._online.planned(left_ms, histories, self._key[-1])
 
 
-def _key(request: Request) -> tuple[bool, bool, int | None, int, bool, float]:
-    """What requests that are answered together must have in common."""
+def _key(request: Request) -> tuple[bool, bool, bool, int | None, int, bool, float]:
+    """What requests that are answered together must have in common: who brings no lists is not held up by any."""
     return (
-        request.exclude_seen, request.candidates is None, request.depth, request.rerank, request.budget_ms is None,
-        request.quantile,
+        request.exclude_seen, request.candidates is None, bool(request.exclude), request.depth, request.rerank,
+        request.budget_ms is None, request.quantile,
     )  # fmt: skip
 
 

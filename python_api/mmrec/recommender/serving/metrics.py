@@ -10,7 +10,7 @@ from prometheus_client.process_collector import ProcessCollector
 __all__ = ["CONTENT_TYPE", "Metrics"]
 
 CONTENT_TYPE = CONTENT_TYPE_LATEST
-_PATHS = ("/", "/recommend", "/items", "/health", "/metrics", "/openapi.json")
+_PATHS = ("/", "/recommend", "/items", "/items/remove", "/health", "/metrics", "/openapi.json")
 _SECONDS = (
     0.0005, 0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.025, 0.035, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10,
 )  # fmt: skip

@@ -18,7 +18,7 @@ __all__ = [
     "RemoveOut",
 ]
 
-MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS, MAX_TEXT, MAX_LIST = 512, 4096, 1000, 1000, 4096, 65536, 10_000
+MAX_ID, MAX_TITLE, MAX_HISTORY, MAX_K, MAX_ITEMS, MAX_TEXT, MAX_LIST = 512, 4096, 1000, 1000, 4096, 65536, 1000
 
 ItemId = Annotated[str, Field(min_length=1, max_length=MAX_ID, description="id of an item")]
 # JSON has one kind of number, and 3.0 is an integer there.

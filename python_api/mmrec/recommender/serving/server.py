@@ -58,7 +58,7 @@ class Settings:
 
 
 class _UnwrittenError(Exception):
-    """Items that could not be written, the disk's reason."""
+    """A version that could not be written, the disk's reason."""
 
 
 class Server:
@@ -185,7 +185,7 @@ class Server:
     async def _write(self, write: Callable[[], dict[str, Any]], what: str) -> Response:
         """What `write` says of a new version, once that is served; one writes at a time."""
         if self._writes >= self.settings.max_writes:
-            return as_error(503, f"{self._writes} requests with items wait already", RETRY)
+            return as_error(503, f"{self._writes} requests that write wait already", RETRY)
         self._writes += 1
         try:
             async with self._writing:
@@ -203,14 +203,12 @@ class Server:
         except ValueError as error:
             return as_error(422, str(error))
         except _UnwrittenError as error:
-            _LOG.error("store: items could not be written: %s", error)
-            return as_error(507, f"the items could not be written: {error}")
+            _LOG.error("store: it could not be written: %s", error)
+            return as_error(507, f"the store could not be written: {error}")
         await self._reload()
         number = told["version"]
         if self.online.version.number < number:
-            return as_error(
-                503, f"the items are in version {number} of the store, which cannot be served now: {self._told}"
-            )
+            return as_error(503, f"version {number} of the store is written, but cannot be served now: {self._told}")
         told["items"] = len(self.online.version)
         _LOG.info("store: version %d, %d items after %s", number, told["items"], what)
         return as_json(told)

@@ -50,8 +50,8 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion, made: ItemRows | N
     """All of each item: what was given, or `made` of its content, and else what it has in `version`.
 
     Raises:
-        ValueError: a vector of another width or too long, a modality that the store does not have, or a new item
-            without content, and without vector or mass.
+        ValueError: a vector of another width or too long, a modality that the store does not have, a new item without
+            content, and without vector or mass, or content that gave other token rows than the store has.
     """
     ids = [item.id for item in items]
     rows = version.rows(ids)
@@ -92,10 +92,14 @@ def item_rows(items: Sequence[ItemIn], version: StoreVersion, made: ItemRows | N
         known[n] = known[n] if item.known is None else item.known
         titles[n] = titles[n] if item.title is None else item.title
     made_of = np.array([item.content is not None for item in items])
+    # Whose vector is another has other content, of which nothing else is known.
+    kept = old & ~made_of & np.array([item.vector is None for item in items])
     tokens = {}
-    for name in version.meta.tokens:
-        kept = old & ~made_of
-        new = None if made is None else made.tokens[name]
+    for name, tokens_width in version.meta.tokens.items():
+        new = None if made is None else made.tokens.get(name)
+        if made is not None and (new is None or new.values.shape[1] != tokens_width):
+            got = "none" if new is None else f"width {new.values.shape[1]}"
+            raise ValueError(f"items: the store has token rows of {name!r} of width {tokens_width}, content gave {got}")
         tokens[name] = _tokens(version.tokens(name, rows[kept]), kept, new, made_of)
     return ItemRows(ids, vectors, mass, known, content, titles, tokens)
 

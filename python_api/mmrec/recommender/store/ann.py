@@ -43,6 +43,7 @@ class AnnIndex:
         self.kind, self.base, self.effort = kind, base, effort
         self.recall, self.depth = float("nan"), 0
         self._index = index
+        self._others: tuple[Tensor, Any] | None = None
 
     @classmethod
     def build(
@@ -66,13 +67,13 @@ class AnnIndex:
         if not 0 < target <= 1:
             raise ValueError(f"target must be above 0 and at most 1, got {target}")
         count = version.base_items
-        if not len(_alive(version, count)):
+        if not version.base_alive:
             raise ValueError("version must have items in its base, got none")
         random = np.random.default_rng(seed)
         built, most = (_ivf if kind == "ivf" else _hnsw)(version, count, random, seed)
         found = cls(kind, version.files[0], built, 1)
         if queries is None:
-            rows = _alive(version, version.num_rows)
+            rows = version.alive_rows()
             queries = version.vectors(np.sort(random.choice(rows, min(_QUERIES, len(rows)), replace=False)))
         depth = min(_DEPTH, len(version))
         exact = version.top_k(queries, depth, exact=True).ids
@@ -89,7 +90,7 @@ class AnnIndex:
         `always`."""
         found = np.empty((len(query), 0), np.int64)
         if len(query):
-            _, found = self._index.search(query.float().numpy(), k, params=self._without(always.numpy()))
+            _, found = self._index.search(query.float().numpy(), k, params=self._without(always))
         kept = found >= 0
         lengths = kept.sum(1) + len(always)
         offsets = np.concatenate([[0], lengths.cumsum()])
@@ -101,15 +102,16 @@ class AnnIndex:
             rows[begin + len(own) : end] = fixed
         return torch.from_numpy(offsets), torch.from_numpy(rows)
 
-    def _without(self, rows: np.ndarray) -> Any:
+    def _without(self, rows: Tensor) -> Any:
         """How to search for others than `rows`: they must not take the place of what can be found."""
         if not len(rows):
             return None
-        faiss = _faiss()
-        others = faiss.IDSelectorNot(faiss.IDSelectorBatch(rows))
+        faiss, known = _faiss(), self._others
+        if known is None or known[0] is not rows:  # made once for a version
+            known = self._others = rows, faiss.IDSelectorNot(faiss.IDSelectorBatch(rows.numpy()))
         if self.kind == "ivf":
-            return faiss.SearchParametersIVF(sel=others, nprobe=self.effort)
-        return faiss.SearchParametersHNSW(sel=others, efSearch=self.effort)
+            return faiss.SearchParametersIVF(sel=known[1], nprobe=self.effort)
+        return faiss.SearchParametersHNSW(sel=known[1], efSearch=self.effort)
 
     def _set_effort(self, effort: int) -> None:
         if self.kind == "ivf":
@@ -128,7 +130,8 @@ def _faiss() -> Any:
 
 def _ivf(version: StoreVersion, count: int, random: np.random.Generator, seed: int) -> tuple[Any, int]:
     faiss, width = _faiss(), version.meta.width
-    rows = _alive(version, count)
+    rows = version.alive_rows()
+    rows = rows[rows < count]
     clusters = max(1, min(4 * int(math.sqrt(len(rows))), len(rows) // 39))  # k-means wants 39 vectors per cluster
     index = faiss.IndexIVFScalarQuantizer(
         faiss.IndexFlatIP(width), width, clusters, faiss.ScalarQuantizer.QT_8bit, faiss.METRIC_INNER_PRODUCT
@@ -146,12 +149,6 @@ def _hnsw(version: StoreVersion, count: int, random: np.random.Generator, seed: 
     index.hnsw.efConstruction = _BUILD_EFFORT
     _add(index.add, version, count)
     return index, count
-
-
-def _alive(version: StoreVersion, count: int) -> np.ndarray:
-    """The first `count` rows but those of removed items."""
-    rows = np.arange(count)
-    return rows[version.alive(rows)]
 
 
 def _add(add: Callable[[np.ndarray], None], version: StoreVersion, count: int) -> None:

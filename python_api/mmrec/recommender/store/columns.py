@@ -206,7 +206,9 @@ class Patch:
     def from_tensors(tensors: Mapping[str, Tensor]) -> Patch:
         """The inverse of `tensors`."""
         columns = {name: x for name, x in tensors.items() if name not in (_PATCH_ROWS, _PATCH_REMOVED)}
-        return Patch(tensors[_PATCH_ROWS], tensors[_PATCH_REMOVED], Columns.from_tensors(columns))
+        rows = tensors[_PATCH_ROWS]
+        removed = tensors.get(_PATCH_REMOVED, torch.zeros(len(rows), dtype=torch.bool))
+        return Patch(rows, removed, Columns.from_tensors(columns))
 
 
 def erased(ids: Sequence[str], meta: Meta) -> Columns:

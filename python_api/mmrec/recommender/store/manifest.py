@@ -31,7 +31,8 @@ __all__ = [
     "write_manifest",
 ]
 
-FORMAT = 2
+# 1 knew no removed items.
+FORMAT, READABLE = 2, (1, 2)
 _NAME = re.compile(r"version-(\d{8})\.json")
 DATA = re.compile(r"(?:base|patch)-(\d{8})\.safetensors")
 
@@ -86,7 +87,7 @@ def identity(folder: Path, number: int) -> tuple[int, ...]:
 def write_manifest(folder: Path, manifest: Manifest) -> None:
     """From when this returns on, the version is there, on the disk; before, it is not."""
     content = {
-        "format": FORMAT, "number": manifest.number, "meta": manifest.meta.to_dict(), "num_rows": manifest.num_rows,
+        "format": FORMAT, "number": manifest.number, "meta": manifest.meta.to_dict(), "num_items": manifest.num_rows,
         "files": [
             {"name": f.name, "items": f.items, "size": f.size, "crc32": list(f.crc32)} for f in manifest.files
         ],
@@ -103,10 +104,10 @@ def read_manifest(folder: Path, number: int) -> Manifest:
         checksum = content.pop("crc32")
         if checksum != _checksum(content):
             raise ValueError("its checksum does not fit")
-        if content["format"] != FORMAT:
-            raise StoreFormatError(f"{path} has format {content['format']}; this version reads {FORMAT}")
+        if content["format"] not in READABLE:
+            raise StoreFormatError(f"{path} has format {content['format']}; this version reads up to {FORMAT}")
         files = tuple(DataFile(f["name"], f["items"], f["size"], tuple(f["crc32"])) for f in content["files"])
-        return Manifest(content["number"], Meta.from_dict(content["meta"]), content["num_rows"], files)
+        return Manifest(content["number"], Meta.from_dict(content["meta"]), content["num_items"], files)
     except StoreError:
         raise
     except (ValueError, KeyError, TypeError, AttributeError) as error:

@@ -85,13 +85,20 @@ class StoreVersion:
 
     def alive(self, rows: np.ndarray) -> np.ndarray:
         """bool `[n]` of `rows [n]`: the item was not removed."""
-        return ~np.isin(rows, self._removed.numpy())
+        removed = self._removed.numpy()  # ascending
+        if not len(removed):
+            return np.ones(len(rows), bool)
+        return removed[np.searchsorted(removed, rows).clip(max=len(removed) - 1)] != rows
+
+    def alive_rows(self) -> np.ndarray:
+        """int64 `[len]`: all rows but those of removed items."""
+        rows = np.arange(self.num_rows)
+        return rows[self.alive(rows)]
 
     def rows(self, ids: Sequence[str]) -> np.ndarray:
         """int64 `[n]`: the row of each id, −1 for one that is not there."""
         found = self.places(ids)
-        if len(self._removed):
-            found[~self.alive(found)] = -1
+        found[~self.alive(found)] = -1
         return found
 
     def places(self, ids: Sequence[str]) -> np.ndarray:
@@ -194,6 +201,11 @@ class StoreVersion:
     def base_items(self) -> int:
         """How many rows the base has."""
         return len(self._base)
+
+    @property
+    def base_alive(self) -> int:
+        """How many of them are not those of removed items."""
+        return len(self._base) - int(torch.searchsorted(self._removed, len(self._base)))
 
     def top_k(
         self, query: Tensor, k: int, *, exclude: Lists | None = None, candidates: Lists | None = None,

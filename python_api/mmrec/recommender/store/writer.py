@@ -99,8 +99,11 @@ class StoreWriter:
 
         Raises:
             StoreError: there is no version yet.
+            TypeError: one id instead of a sequence.
             OSError: the disk is full, say; what was there before stays.
         """
+        if isinstance(ids, str):
+            raise TypeError(f"ids must be a sequence of ids, got the string {ids!r}")
         now = self._store.current()
         ids = list(dict.fromkeys(ids))
         rows = torch.from_numpy(now.rows(ids))
@@ -132,8 +135,8 @@ class StoreWriter:
     def compact(self) -> int:
         """A new version with the same items in one file, and nothing of those that were removed; its number."""
         now = self._store.current()
-        parts = torch.arange(now.num_rows).split(_PART)
-        return self._write_base(now.meta, (now.columns(rows[torch.from_numpy(now.alive(rows))]) for rows in parts))
+        parts = torch.from_numpy(now.alive_rows()).split(_PART)
+        return self._write_base(now.meta, map(now.columns, parts))
 
     def _write_base(self, meta: Meta, parts: Iterable[Columns]) -> int:
         # A file says first how long each column is: parts wait on the disk, mapped, until all have come.
