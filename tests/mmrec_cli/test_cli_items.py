@@ -146,7 +146,7 @@ def test_items_are_removed(mmrec: Mmrec, trained: Path, new_items: Path, tmp_pat
     assert "2 items removed, 2 of " in outcome.out and "not in the store: 'nobody', '" in outcome.out
     assert "version 2, 46 items" in outcome.out
     assert store.current().rows([ids[3], ids[5], ids[4]]).tolist() == [-1, -1, 4]
-    mmrec(*options, "--remove", file, "--items", new_items).failed("without --items")
+    mmrec(*options, "--remove", file, "--items", new_items).failed("--remove takes items out")
     mmrec(*options, "--remove", file, "--update").failed("--remove takes items out")
     mmrec(*options, "--remove", tmp_path / "none").failed("none")
 
