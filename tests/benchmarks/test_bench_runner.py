@@ -166,13 +166,14 @@ def row(provider, median_ms):
 
 def test_ratios():
     rows = [row("ours", 2.0), row("ours, other kernel", 4.0), row("peer a", 9.0), row("peer b", 3.0)]
-    found = compare(rows, {"ours", "ours, other kernel"}, 0.5, {})
+    found = compare(rows, {"ours", "ours, other kernel"}, 0.5, 0.4, {})
     assert (found.ours, found.best_peer, found.speedup, found.over_floor) == ("ours", "peer b", 1.5, 4.0)
-    lost = compare(rows[1:], {"ours, other kernel"}, 0.5, {})
+    assert found.read_ms == 0.4
+    lost = compare(rows[1:], {"ours, other kernel"}, 0.5, 0.4, {})
     assert (lost.best_peer, lost.speedup) == ("peer b", 0.75)
-    beside = compare(rows, {"ours"}, 0.5, {}, {"peer b", "ours, other kernel"})
+    beside = compare(rows, {"ours"}, 0.5, 0.4, {}, {"peer b", "ours, other kernel"})
     assert (beside.best_peer, beside.speedup) == ("peer a", 4.5)
-    alone = compare(rows[:1], {"ours"}, 0.5, {})
+    alone = compare(rows[:1], {"ours"}, 0.5, 0.4, {})
     assert (alone.best_peer, alone.speedup) == (None, None)
 
 
