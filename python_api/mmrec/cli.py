@@ -224,6 +224,32 @@ def results(
     )  # fmt: skip
 
 
+@app.command()
+def peers(
+    data: DataFolder,
+    protocol: Annotated[
+        Protocol, typer.Option(help="S leave-last-out, G random per user, T global time.")
+    ] = Protocol.G,
+    model: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="bpr, lightgcn; repeatable. Default: all.")
+    ] = None,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
+    settings: Settings = None,
+    layout: Layout = "auto",
+    split_seed: SplitSeed = 0,
+    hold_out: HoldOut = None,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Train published models and evaluate them beside the floors."""
+    from .commands.peers import peers_command
+
+    peers_command(
+        data=data, protocol=protocol.value, models=model or [], seeds=seeds, settings=settings or [], layout=layout,
+        split_seed=split_seed, hold_out=hold_out, json_file=json_file,
+    )  # fmt: skip
+
+
 app.add_typer(serving.app)
 
 

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
     Figures = Mapping[str, Mapping[str, Interval]]
 
-__all__ = ["Study", "results_command", "variants"]
+__all__ = ["Study", "print_means", "results_command", "seeds_of", "variants"]
 
 _FEWEST_SEEDS = 3
 _COLD = ("cold-among-all", "cold-among-cold")
@@ -44,7 +44,7 @@ def results_command(
     json_file: Path | None,
 ) -> None:
     """See ``mmrec results --help``."""
-    numbers = _seeds(seeds)
+    numbers = seeds_of(seeds)
     read = load_data(data, protocol, layout=layout, split_seed=split_seed, hold_out=hold_out)
     configs = variants(choices.config(read.catalogue, numbers[0]))
     source = Source(data.absolute(), layout, protocol, split_seed, hold_out)
@@ -112,11 +112,11 @@ class Study:
         """The tables on the terminal."""
         first = self.results[self.model][0]
         title = f"{first.dataset} ({first.fingerprint[:12]}), protocol {first.protocol}, test, masked: {first.mask}"
-        _print_means("model", self.means, f"{title}; seeds {', '.join(map(str, self.seeds))}")
+        print_means("model", self.means, f"{title}; seeds {', '.join(map(str, self.seeds))}")
         print_differences(self.model, self.compared, SHOWN)
         for group, found in self.cold.items():
             users = found[self.model][SHOWN[0]].users
-            _print_means(group, found, f"{users} users whose target was never seen in training")
+            print_means(group, found, f"{users} users whose target was never seen in training")
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -197,13 +197,14 @@ def _run_all(
     return Study(data, seeds, configs[0], results, floors)
 
 
-def _seeds(text: str) -> list[int]:
+def seeds_of(text: str, fewest: int = _FEWEST_SEEDS) -> list[int]:
+    """``--seeds`` as numbers, at least so many."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         raise ValueError(f"--seeds needs numbers such as 0,1,2, got {text!r}") from None
-    if len(set(numbers)) != len(numbers) or len(numbers) < _FEWEST_SEEDS or min(numbers) < 0:
-        raise ValueError(f"--seeds needs at least {_FEWEST_SEEDS} different seeds ≥ 0, got {text!r}")
+    if len(set(numbers)) != len(numbers) or len(numbers) < fewest or min(numbers) < 0:
+        raise ValueError(f"--seeds needs at least {fewest} different seeds ≥ 0, got {text!r}")
     return numbers
 
 
@@ -211,7 +212,8 @@ def _bounds(value: Interval) -> str:
     return f"{value.mean:.4f} [{value.low:.4f}, {value.high:.4f}]"
 
 
-def _print_means(corner: str, rows: Figures, title: str) -> None:
+def print_means(corner: str, rows: Figures, title: str) -> None:
+    """A line per model with its mean and interval of each metric."""
     print_rows([corner, *SHOWN], [[name, *(_bounds(v[m]) for m in SHOWN)] for name, v in rows.items()], title=title)
 
 
