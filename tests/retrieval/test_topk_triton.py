@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from test_topk import all_scores, check, lists, oracle, problem
+from topk_helpers import all_scores, check, lists, oracle, problem
 
 from mmrec_kernels import schemas, top_k
 
