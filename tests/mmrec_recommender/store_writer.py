@@ -28,7 +28,7 @@ def write_for_ever(folder: str, told: int) -> None:
             writer.upsert(items(["item-3", f"new-{n % 7}"], seed=n))
         os.write(told, b".")
         with store.writer() as writer:
-            writer.remove([f"new-{(n + 1) % 7}"])
+            writer.remove([f"new-{n % 7}"])
         os.write(told, b".")
 
 

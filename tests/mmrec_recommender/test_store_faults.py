@@ -19,7 +19,7 @@ import torch
 from store_helpers import IDS, assert_holds, items, made, patched, versions_of
 
 from mmrec.recommender.store import ItemStore, StoreError, StoreVersion, columns, manifest
-from mmrec.recommender.store.columns import Patch
+from mmrec.recommender.store.patch import Patch
 
 
 @pytest.mark.parametrize("file", ["version-00000002.json", "patch-00000002.safetensors"])
@@ -287,7 +287,7 @@ def test_killed_a_hundred_times(tmp_path, writing):
             assert torch.equal(
                 version.vectors(version.rows([name]))[0], items([name], seed_of(version, name)).vectors[0]
             )
-    assert last > 80  # it did write meanwhile
+    assert last > 80, last  # it did write meanwhile
 
 
 def test_readers_while_a_writer_writes(tmp_path, writing):

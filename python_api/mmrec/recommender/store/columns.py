@@ -20,14 +20,13 @@ from ...fusion.tokens import Tokens
 
 __all__ = [
     "CHUNK",
+    "CONTENT_BYTES",
     "DTYPES",
     "Columns",
     "ItemRows",
     "Meta",
-    "Patch",
     "Ragged",
     "encode",
-    "erased",
     "map_file",
     "write_file",
 ]
@@ -40,12 +39,11 @@ CHUNK = 1 << 24
 # Files name tensors "<name>" (a row per item), and "<name>.values" with "<name>.offsets" where an item has any number.
 _VALUES, _OFFSETS = ".values", ".offsets"
 _PADDING, _ALIGN = "padding.", 64
-_PATCH_ROWS, _PATCH_REMOVED = "patch.rows", "patch.removed"
 _NAMES = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int8: "I8", torch.uint8: "U8",
     torch.int64: "I64", torch.bool: "BOOL",
 }  # fmt: skip
-_CONTENT_BYTES = 16
+CONTENT_BYTES = 16  # of the hash of an item's content
 
 
 @dataclass(frozen=True)
@@ -177,56 +175,6 @@ class Columns:
         return Columns(fixed, ragged)
 
 
-@dataclass(frozen=True, eq=False)
-class Patch:
-    """What a version says of some items: `rows int64 [n]`, `removed bool [n]`, and all else of those that were not."""
-
-    rows: Tensor
-    removed: Tensor
-    columns: Columns
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @staticmethod
-    def latest(patches: Sequence[Patch]) -> Patch:
-        """Of every row what the last of them says, rows ascending; at least one patch."""
-        rows = torch.cat([patch.rows for patch in patches])
-        unique, first = np.unique(rows.flip(0).numpy(), return_index=True)
-        at = len(rows) - 1 - torch.from_numpy(first)
-        removed = torch.cat([patch.removed for patch in patches])[at]
-        columns = Columns.concat([patch.columns for patch in patches]).select(at)
-        return Patch(torch.from_numpy(unique), removed, columns)
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As a file names them."""
-        return {_PATCH_ROWS: self.rows, _PATCH_REMOVED: self.removed, **self.columns.tensors()}
-
-    @staticmethod
-    def from_tensors(tensors: Mapping[str, Tensor]) -> Patch:
-        """The inverse of `tensors`."""
-        columns = {name: x for name, x in tensors.items() if name not in (_PATCH_ROWS, _PATCH_REMOVED)}
-        rows = tensors[_PATCH_ROWS]
-        removed = tensors.get(_PATCH_REMOVED, torch.zeros(len(rows), dtype=torch.bool))
-        return Patch(rows, removed, Columns.from_tensors(columns))
-
-
-def erased(ids: Sequence[str], meta: Meta) -> Columns:
-    """Of items that are no more, their ids. Their scores are NaN, which no query finds."""
-    n = len(ids)
-    no_tokens = {
-        name: Tokens(torch.zeros(0, width), torch.zeros(n + 1, dtype=torch.int64), torch.zeros(0, dtype=torch.int64))
-        for name, width in meta.tokens.items()
-    }
-    nothing = ItemRows(
-        ids, torch.zeros(n, meta.width), torch.zeros(n, len(meta.modalities)), torch.zeros(n, dtype=torch.bool),
-        torch.zeros(n, _CONTENT_BYTES, dtype=torch.uint8), [""] * n, no_tokens,
-    )  # fmt: skip
-    columns = encode(nothing, meta)
-    columns.fixed["scales" if meta.dtype == "int8" else "vectors"].fill_(math.nan)
-    return columns
-
-
 def encode(items: ItemRows, meta: Meta) -> Columns:
     """Columns of `items` as the store of `meta` keeps them; ValueError or TypeError says what does not fit.
 
@@ -237,7 +185,7 @@ def encode(items: ItemRows, meta: Meta) -> Columns:
         raise ValueError("ids must be distinct strings, none empty")
     for name, got, wanted in (
         ("vectors", items.vectors, (n, meta.width)), ("mass", items.mass, (n, len(meta.modalities))),
-        ("known", items.known, (n,)), ("content", items.content, (n, _CONTENT_BYTES)),
+        ("known", items.known, (n,)), ("content", items.content, (n, CONTENT_BYTES)),
     ):  # fmt: skip
         if tuple(got.shape) != wanted:
             raise ValueError(f"{name} must be {list(wanted)}, got {list(got.shape)}")

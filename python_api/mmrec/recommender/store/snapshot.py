@@ -17,7 +17,8 @@ from mmrec_kernels.retrieval import TopK
 
 from ...fusion.tokens import Tokens
 from .ann import AnnIndex
-from .columns import UTF8, Columns, Meta, Patch, Ragged
+from .columns import UTF8, Columns, Meta, Ragged
+from .patch import Patch
 
 __all__ = ["Index", "StoreVersion", "hash_ids"]
 

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...files import TEMP_PREFIX, sync_folder
-from .columns import Columns, Patch, map_file
+from .columns import Columns, map_file
 from .manifest import DATA, Manifest, StoreError, check_file, identity, numbers, path_of, read_manifest
+from .patch import Patch
 from .snapshot import Index, StoreVersion
 
 if TYPE_CHECKING:

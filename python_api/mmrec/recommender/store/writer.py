@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ...files import TEMP_PREFIX, replacing
-from .columns import UTF8, Column, Columns, ItemRows, Meta, Patch, encode, erased, map_file, whole, write_file
+from .columns import UTF8, Column, Columns, ItemRows, Meta, encode, map_file, whole, write_file
 from .manifest import (
     DATA,
     DataFile,
@@ -26,6 +26,7 @@ from .manifest import (
     read_manifest,
     write_manifest,
 )
+from .patch import Patch, erased
 from .snapshot import StoreVersion, hash_ids
 from .store import INDEX_HASH, INDEX_ROW, ItemStore
 
