@@ -4,7 +4,8 @@
 // product of bytes or two, and the 16 lanes of 16 rows are summed by a tree. What that sum can be off by is known:
 //     |q·x - step · Q·x|  <=  128 · sum_d |q_d - step · Q_d|                        |x_d| <= 128
 //     |chain - q·x|       <=  D · 2^-24 · 128 · sum_d |q_d|                         the exact score's own rounding
-// Eight bits do where their bound is small beside what scores differ by; a query with a few large elements takes sixteen.
+// A query whose largest element is below 1e-25 is not rounded: the second term is then far above all that is lost where sums
+// become subnormal. Eight bits do where their bound is small beside what scores differ by; a query with a few large elements takes sixteen.
 #pragma once
 
 #include "first_pass.h"

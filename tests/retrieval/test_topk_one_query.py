@@ -12,14 +12,14 @@ from torch import Tensor
 from mmrec_kernels import TopK, top_k
 
 
-def one_of_many(p: dict[str, Tensor | None], k: int) -> TopK:
+def assert_one_of_many(p: dict[str, Tensor | None], k: int) -> TopK:
     """What one query finds, which is to the bit what it finds beside others, where nothing is left out beforehand."""
     alone, many = top_k(**p, k=k), top_k(**{**p, "query": p["query"].expand(7, -1)}, k=k)
     assert torch.equal(alone.ids[0], many.ids[6]) and torch.equal(alone.scores[0], many.scores[6])
     return alone
 
 
-def one_of_many_among_candidates(p: dict[str, Tensor]) -> None:
+def assert_one_of_many_among_candidates(p: dict[str, Tensor]) -> None:
     ids = torch.randint(0, len(p["items"]), (500,))
     alone = top_k(**p, k=10, candidates=(torch.tensor([0, 500]), ids))
     many = {**p, "query": p["query"].expand(7, -1)}
@@ -43,14 +43,14 @@ def test_one_query_over_int8_items_is_one_of_many(peak, d, size):
     p["items"][:50] = 127 * p["query"].nan_to_num().sign().to(torch.int8)  # the best, and ties
 
     for scale in (1.0, 1e20, 1e-30, 2.0**-149):
-        one_of_many({**p, "bias": None, "item_scales": (p["item_scales"] * 64).sign() * scale}, 10)
-    one_of_many({**p, "bias": p["bias"] * 3e38}, 10)
-    one_of_many_among_candidates(p)
+        assert_one_of_many({**p, "bias": None, "item_scales": (p["item_scales"] * 64).sign() * scale}, 10)
+    assert_one_of_many({**p, "bias": p["bias"] * 3e38}, 10)
+    assert_one_of_many_among_candidates(p)
     for special in ({}, {"item_scales": (math.nan, math.inf, 0.0)}, {"bias": (math.nan, math.inf, -math.inf)}):
         for name, values in special.items():
             p[name][torch.randperm(n)[:30]] = torch.tensor(values).repeat(10)
         for k in (1, 10, 100):
-            one_of_many(p, k)
+            assert_one_of_many(p, k)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -61,7 +61,7 @@ def test_one_query_sees_what_another_order_of_its_sums_hides(d, dtype):
     item[: d // 2] = torch.randn(d // 2) * torch.logspace(0, 6, d // 2)  # so that sums of bfloat16 are rounded too
     item[d // 2 : d // 2 * 2] = -item[: d // 2]
     items = torch.stack([item[torch.randperm(d)] for _ in range(6000)]).to(dtype)
-    found = one_of_many({"query": torch.ones(1, d, dtype=dtype), "items": items}, 100)
+    found = assert_one_of_many({"query": torch.ones(1, d, dtype=dtype), "items": items}, 100)
     assert d == 1 or found.scores.unique().numel() > 1
 
 
@@ -76,9 +76,9 @@ def test_one_query_is_one_of_many(size, dtype):
     p["bias"][torch.randperm(n)[:30]] = torch.tensor((math.nan, math.inf, -math.inf)).repeat(10)
     p["items"][torch.randperm(n)[:30], 7] = torch.tensor((math.nan, math.inf, -math.inf)).repeat(10).to(dtype)
     for k in (1, 10, 1000):
-        one_of_many(p, k)
-        one_of_many({**p, "bias": p["bias"] * 3e38}, k)
-    one_of_many_among_candidates(p)
+        assert_one_of_many(p, k)
+        assert_one_of_many({**p, "bias": p["bias"] * 3e38}, k)
+    assert_one_of_many_among_candidates(p)
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
@@ -89,7 +89,7 @@ def test_sums_that_overflow_in_another_order_do_not_hide_an_item(dtype):
     for column in (1, 2, 3, 33, 34, 35):
         items[:, column] = 1e38
     items[:, 5] = torch.linspace(-1e37, 1e37, 2000)
-    found = one_of_many({"query": torch.ones(1, 64, dtype=dtype), "items": items.to(dtype)}, 10)
+    found = assert_one_of_many({"query": torch.ones(1, 64, dtype=dtype), "items": items.to(dtype)}, 10)
     assert found.scores.isfinite().all() and 1999 in found.ids[0]
 
 
@@ -108,7 +108,7 @@ def test_chains_that_overflow_are_found(dtype, threads):
         p = {"query": query, "items": items.to(dtype), "item_scales": torch.ones(2048)}
     for count in (1, 2):
         threads(count)
-        found = one_of_many(p, 1)
+        found = assert_one_of_many(p, 1)
         assert (found.ids.tolist(), found.scores.tolist()) == ([[1500]], [[math.inf]])
 
 
@@ -129,7 +129,7 @@ def test_subnormal_sums_that_scales_make_large(d, flush, threads):
     query = torch.nn.functional.pad(query, (0, d - 6))[None]
     torch.set_flush_denormal(flush)
     try:
-        found = one_of_many({"query": query, "items": items, "item_scales": scales}, 1)
+        found = assert_one_of_many({"query": query, "items": items, "item_scales": scales}, 1)
     finally:
         torch.set_flush_denormal(False)
     assert flush or found.ids.tolist() == [[1500]]
@@ -140,7 +140,8 @@ def test_flushed_products_of_very_wide_rows():
     query, items = torch.full((1, d), 2.0**-63), torch.zeros(140, d)
     query[0, 0] = 2.0**-50
     items[:66, 0], items[135] = 1.5 * 2.0**-60, 2.0**-64
-    one_of_many({"query": query.bfloat16(), "items": items.bfloat16()}, 1)
+    found = assert_one_of_many({"query": query.bfloat16(), "items": items.bfloat16()}, 1)
+    assert found.ids.tolist() == [[135]]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -152,7 +153,7 @@ def test_items_in_the_order_of_their_scores(n, dtype):
     for rows in (order, order.flip(0)):
         sorted_items = {name: t if name == "query" else t[rows] for name, t in p.items()}
         for k in (1, 10, 200):
-            check(one_of_many(sorted_items, k), all_scores(**sorted_items), k)
+            check(assert_one_of_many(sorted_items, k), all_scores(**sorted_items), k)
 
 
 def test_one_query_over_int8_items_with_subnormal_scores():

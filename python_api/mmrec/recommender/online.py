@@ -176,15 +176,7 @@ class OnlineRecommender:
         began = time.perf_counter()
         version = self.version
         plan = self.check(k, depth, rerank, budget_ms, quantile)
-        for name, given in (("exclude", exclude), ("candidates", candidates)):
-            if given is not None and len(given) != len(histories):
-                raise ValueError(f"{name} must have a list for each of {len(histories)} histories, got {len(given)}")
-        left_out = only = None
-        if exclude is not None:
-            seen = histories if exclude_seen else [()] * len(histories)
-            left_out = lists_of(version, [[*a, *b] for a, b in zip(seen, exclude, strict=True)])
-        if candidates is not None:
-            only = lists_of(version, candidates)
+        left_out, only = _lists(version, histories, exclude_seen, exclude, candidates)
         # Lists may have any length: what they took is known, and no part of what is planned.
         listed_ms = 1e3 * (time.perf_counter() - began)
         expected, planner = None, self._planner
@@ -301,6 +293,21 @@ class OnlineRecommender:
             same = known is not None and known.base == version.files[0]
             version.index = known if same else AnnIndex.build(version, self.ann)
         return version
+
+
+def _lists(
+    version: StoreVersion, histories: Sequence[Sequence[str]], exclude_seen: bool,
+    exclude: Sequence[Sequence[str]] | None, candidates: Sequence[Sequence[str]] | None,
+) -> tuple[tuple[Tensor, Tensor] | None, tuple[Tensor, Tensor] | None]:  # fmt: skip
+    """What is left out, seen items included, and what alone may be answered; None where no list says so."""
+    for name, given in (("exclude", exclude), ("candidates", candidates)):
+        if given is not None and len(given) != len(histories):
+            raise ValueError(f"{name} must have a list for each of {len(histories)} histories, got {len(given)}")
+    only = None if candidates is None else lists_of(version, candidates)
+    if exclude is None:
+        return None, only
+    seen = histories if exclude_seen else [()] * len(histories)
+    return lists_of(version, [[*a, *b] for a, b in zip(seen, exclude, strict=True)]), only
 
 
 @contextmanager
