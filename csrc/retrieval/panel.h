@@ -73,6 +73,35 @@ void find_rows(const TopkScan<T>& scan, int64_t first, Panel<T>& panel) {
   }
 }
 
+// The panel after one, of which every step of every group of queries asks for some lines: memory is read while sums are taken, and
+// a panel lies in L1 when it is packed. Rows of a list of ids are not asked for.
+struct NextPanel {
+  static constexpr int64_t kLine = 64;
+  const char* row;
+  int64_t offset, length;  // of what is asked for next, and of a row; rows that lie end to end are one
+  int64_t distance;        // from row to row
+  int64_t lines;           // per step
+
+  template <typename T>
+  static NextPanel after(const TopkScan<T>& scan, const Panel<T>& panel, int64_t steps) {
+    const int64_t asks = divide_up(scan.num_queries, kQueryGroup) * steps;
+    if (scan.ids != nullptr || asks == 0) return {nullptr, 0, 0, 0, 0};
+    const int64_t bytes = scan.width * item_bytes(scan.item_type), distance = scan.row_stride * item_bytes(scan.item_type);
+    const char* const row = panel.rows[0] + kPanelRows<T> * distance;
+    if (distance == bytes) return {row, 0, kPanelRows<T> * bytes, 0, divide_up(kPanelRows<T> * bytes, kLine * asks)};
+    return {row, 0, bytes, distance, divide_up(kPanelRows<T> * divide_up(bytes, kLine), asks)};
+  }
+  MMREC_INLINE void ask() {
+    for (int64_t i = 0; i < lines; ++i) {
+      __builtin_prefetch(row + offset);
+      offset += kLine;
+      if (offset < length) continue;
+      offset = 0;
+      row += distance;
+    }
+  }
+};
+
 #if defined(__AVX2__)
 template <typename Bits>
 MMREC_INLINE Bits largest(Word words) {
@@ -133,22 +162,6 @@ struct Columns<ItemType::kBFloat16Pairs> : BFloat16Sizes {
 };
 #endif
 
-// Where memory is asked for while a panel is packed: about kAhead bytes further. Items that lie end to end are asked for in the
-// order of their addresses, whatever the order in which the blocks read them. Packing has time for it, and no room in L1 for touch().
-struct Ahead {
-  static constexpr int64_t kAhead = 12288;
-  const char* start;
-  int64_t per_row, per_byte;
-
-  template <typename T>
-  static Ahead of(const TopkScan<T>& scan, const Panel<T>& panel) {
-    const int64_t step = scan.row_stride * item_bytes(scan.item_type);
-    if (scan.ids != nullptr || step == 0) return {panel.rows[0], 0, 0};
-    if (scan.row_stride == scan.width) return {panel.rows[0] + kAhead, 4 * Vec<T>::kLanes, kPanelRows<T>};
-    return {panel.rows[0] + divide_up(kAhead, step) * step, step, 1};
-  }
-};
-
 // Brings kLanes rows of a panel into L1 in the order of their addresses, before blocks are read of them that hop from row to row.
 // One load that steps from line to line is what hardware prefetching follows; the same loads unrolled are not (on a Zen 4,
 // where it was measured), and software prefetches do not set it off.
@@ -165,25 +178,17 @@ MMREC_INLINE void touch(const Panel<float>& panel, int first, int64_t bytes) {
 
 // The last block of rows whose length is no multiple of a vector: what is missing is zero. Not inlined: beside it the compiler
 // makes a slower loop of the whole blocks.
-__attribute__((noinline)) void load_last_block(const Panel<float>& panel, int first, int64_t offset, int64_t bytes,
-                                               Word* block) {
-  for (int i = 0; i < F32::kLanes; ++i) block[i] = load_words(panel.rows[first + i] + offset, bytes - offset);
+__attribute__((noinline)) void load_last_block(const char* const* rows, int64_t offset, int64_t bytes, Word* block) {
+  for (int i = 0; i < F32::kLanes; ++i) block[i] = load_words(rows[i] + offset, bytes - offset);
 }
 
-// kLanes words from byte `offset` on of the rows first .. first + kLanes - 1 of a panel, transposed. Rows end after `bytes`;
-// what is missing is zero.
-MMREC_INLINE void load_block(const Panel<float>& panel, int first, int64_t offset, int64_t bytes, Word* block,
-                             const Ahead* ahead = nullptr) {
+// kLanes words from byte `offset` on of kLanes rows, transposed. Rows end after `bytes`; what is missing is zero.
+MMREC_INLINE void load_block(const char* const* rows, int64_t offset, int64_t bytes, Word* block) {
   constexpr int kLanes = F32::kLanes;
   if (offset + kLanes * 4 <= bytes) {
-    for (int i = 0; i < kLanes; ++i) {
-      if (ahead != nullptr) {
-        _mm_prefetch(ahead->start + (first + i) * ahead->per_row + offset * ahead->per_byte, _MM_HINT_T0);
-      }
-      block[i] = load_words(panel.rows[first + i] + offset);
-    }
+    for (int i = 0; i < kLanes; ++i) block[i] = load_words(rows[i] + offset);
   } else {
-    load_last_block(panel, first, offset, bytes, block);
+    load_last_block(rows, offset, bytes, block);
   }
   transpose_words(block);
 }
@@ -193,11 +198,10 @@ void pack_panel(const TopkScan<float>& scan, const Panel<float>& panel) {
   constexpr int kLanes = F32::kLanes;
   constexpr int kPerWord = Columns<type>::kPerWord;
   const int64_t bytes = scan.width * item_bytes(type);
-  const Ahead ahead = Ahead::of(scan, panel);
   for (int64_t word = 0; word * 4 < bytes; word += kLanes) {
     for (int first = 0; first < kPanelRows<float>; first += kLanes) {
       Word block[kLanes];
-      load_block(panel, first, word * 4, bytes, block, &ahead);
+      load_block(panel.rows + first, word * 4, bytes, block);
       for (int w = 0; w < kLanes; ++w) {
         F32 columns[kPerWord];
         Columns<type>::widen(block[w], columns);

@@ -133,6 +133,16 @@ void append(const TopkScan<T>& scan, Selection<T>& selection, Vec<T> scores, uin
   if (selection.count >= selection.capacity) cut(selection, scan.keys);
 }
 
+// The same for one item.
+template <typename T>
+MMREC_INLINE void append(const TopkScan<T>& scan, Selection<T>& selection, T score, int64_t id) {
+  while (selection.excluded != selection.excluded_end && *selection.excluded < id) ++selection.excluded;
+  if (selection.excluded != selection.excluded_end && *selection.excluded == id) return;
+  selection.scores[selection.count] = score;
+  selection.ids[selection.count++] = id;
+  if (selection.count >= selection.capacity) cut(selection, scan.keys);
+}
+
 }  // namespace
 }  // namespace MMREC_ISA
 }  // namespace mmrec

@@ -108,7 +108,7 @@ struct Problem {
 template <typename T>
 struct Task {
   int64_t query_begin, query_end, item_begin, item_end;
-  std::vector<T> scores, keys;
+  std::vector<T> scores, keys, rounded;
   std::vector<int64_t> ids;
   std::vector<Selection<T>> selections;
 
@@ -136,6 +136,8 @@ struct Task {
                        ids.data() + i * room, excluded, excluded_end};
     }
     scan.keys = keys.data();
+    rounded.resize(static_cast<size_t>(rounded_room(n, scan.width)));
+    scan.rounded = rounded.data();
     if (problem.candidates) {
       run_candidates(problem, scan);
       return;

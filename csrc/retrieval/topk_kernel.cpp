@@ -11,8 +11,7 @@
 //
 // Reads: items once (N·D elements), queries from L2 once per panel. Flops 2·B·N·D. Writes: candidates only.
 
-#include "rounded_query.h"
-#include "selection.h"
+#include "rounded_panel.h"
 
 namespace mmrec {
 namespace MMREC_ISA {
@@ -56,13 +55,15 @@ MMREC_INLINE void select(const TopkScan<T>& scan, const Panel<T>& panel, Accumul
 }
 
 template <int kQueries, typename Step, typename T>
-void score_panel(const TopkScan<T>& scan, const Panel<T>& panel, const T* queries, Selection<T>* selections) {
+void score_panel(const TopkScan<T>& scan, const Panel<T>& panel, const T* queries, NextPanel& next,
+                 Selection<T>* selections) {
   using V = Vec<T>;
   Accumulators<kQueries, T> acc;
   for (int i = 0; i < kQueries; ++i) {
     for (int v = 0; v < kVectors; ++v) acc[i][v] = broadcast(T(0));
   }
   for (int64_t d = 0; d < scan.steps; ++d) {
+    next.ask();
     V x[kVectors];
     for (int v = 0; v < kVectors; ++v) x[v] = load(panel.values + d * kPanelRows<T> + v * V::kLanes);
     for (int i = 0; i < kQueries; ++i) {
@@ -75,27 +76,28 @@ void score_panel(const TopkScan<T>& scan, const Panel<T>& panel, const T* querie
 
 template <typename Step, typename T>
 void score_groups(const TopkScan<T>& scan, const Panel<T>& panel) {
+  NextPanel next = NextPanel::after(scan, panel, scan.steps);
   for (int64_t b = 0; b < scan.num_queries; b += kQueryGroup) {
     const T* queries = scan.queries + b * scan.steps;
     Selection<T>* selections = scan.selections + b;
     switch (scan.num_queries - b) {
       case 1:
-        score_panel<1, Step>(scan, panel, queries, selections);
+        score_panel<1, Step>(scan, panel, queries, next, selections);
         break;
       case 2:
-        score_panel<2, Step>(scan, panel, queries, selections);
+        score_panel<2, Step>(scan, panel, queries, next, selections);
         break;
       case 3:
-        score_panel<3, Step>(scan, panel, queries, selections);
+        score_panel<3, Step>(scan, panel, queries, next, selections);
         break;
       case 4:
-        score_panel<4, Step>(scan, panel, queries, selections);
+        score_panel<4, Step>(scan, panel, queries, next, selections);
         break;
       case 5:
-        score_panel<5, Step>(scan, panel, queries, selections);
+        score_panel<5, Step>(scan, panel, queries, next, selections);
         break;
       default:
-        score_panel<6, Step>(scan, panel, queries, selections);
+        score_panel<6, Step>(scan, panel, queries, next, selections);
     }
   }
 }
@@ -120,7 +122,7 @@ MMREC_INLINE void score_rows(const TopkScan<float>& scan, const Panel<float>& pa
   for (int i = 0; i < kQueries; ++i) acc[i] = broadcast(0.0f);
   for (int64_t word = 0; word * 4 < bytes; word += kLanes) {
     Word words[kLanes];
-    load_block(panel, v * kLanes, word * 4, bytes, words);
+    load_block(panel.rows + v * kLanes, word * 4, bytes, words);
     const auto add_word = [&](int w, int columns) __attribute__((always_inline)) {
       F32 x[kPerWord];
       Columns<type>::widen(words[w], x);
@@ -234,6 +236,69 @@ bool try_rounded(const TopkScan<float>& scan, Panel<float>& panel) {
 }
 #endif
 
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+template <ItemType type>
+int64_t pass_panel(const TopkScan<float>& scan, const Panel<float>& panel, const RoundedRows& rows,
+                   const RoundedQueries<type>& queries, Pairs<type>& pairs) {
+  NextPanel next = NextPanel::after(scan, panel, queries.steps);
+  int64_t passed = 0;
+  for (int64_t b = 0; b < scan.num_queries; b += kQueryGroup) {
+    switch (scan.num_queries - b) {
+      case 1:
+        passed += pass_group<1>(scan, panel, rows, queries, b, next, pairs);
+        break;
+      case 2:
+        passed += pass_group<2>(scan, panel, rows, queries, b, next, pairs);
+        break;
+      case 3:
+        passed += pass_group<3>(scan, panel, rows, queries, b, next, pairs);
+        break;
+      case 4:
+        passed += pass_group<4>(scan, panel, rows, queries, b, next, pairs);
+        break;
+      case 5:
+        passed += pass_group<5>(scan, panel, rows, queries, b, next, pairs);
+        break;
+      default:
+        passed += pass_group<6>(scan, panel, rows, queries, b, next, pairs);
+    }
+  }
+  return passed;
+}
+
+// False if the queries cannot be rounded.
+template <ItemType type>
+bool try_rounded_panels(const TopkScan<float>& scan, Panel<float>& panel) {
+  constexpr int kRows = kPanelRows<float>, kPanelsInFull = 8;
+  RoundedQueries<type> queries;
+  if (!queries.round(scan)) return false;
+  RoundedRows rows;
+  for (int i = 0; i < kRows; ++i) {
+    rows.scale[i] = 1;
+    rows.bias[i] = 0;
+  }
+  Pairs<type> pairs(scan, queries.rows);
+  int64_t in_full = scan.begin + kPanelsInFull * kRows;  // panels before this one
+  for (int64_t first = scan.begin; first < scan.end; first += kRows) {
+    find_rows(scan, first, panel);
+    if (first < in_full) {
+      pack_panel<type>(scan, panel);
+      score_groups<Multiply>(scan, panel);
+      continue;
+    }
+    pack_rounded<type>(scan, panel, rows);
+    const int64_t passed = pass_panel(scan, panel, rows, queries, pairs);
+    // A pair that passes costs as much as some 20 that are scored in full beside others.
+    if (passed * 64 > scan.num_queries * kRows) {
+      pairs.score();
+      in_full = first + (1 + kPanelsInFull) * kRows;
+    }
+  }
+  pairs.score();
+  return true;
+}
+#endif
+
 template <ItemType type>
 void scan_words(const TopkScan<float>& scan, Panel<float>& panel) {
   switch (scan.num_queries) {
@@ -252,6 +317,11 @@ void scan_words(const TopkScan<float>& scan, Panel<float>& panel) {
     default:
       break;
   }
+#if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
+  if constexpr (type == ItemType::kFloat32 || type == ItemType::kInt8) {
+    if (try_rounded_panels<type>(scan, panel)) return;
+  }
+#endif
   for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
     find_rows(scan, first, panel);
     pack_panel<type>(scan, panel);

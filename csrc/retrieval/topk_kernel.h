@@ -45,9 +45,15 @@ struct TopkScan {
   const int64_t* ids;     // rows to score, ascending; null: all of [begin, end)
   int64_t begin, end;     // positions in ids, or row numbers
   T* panel;               // scratch, steps * kMaxPanelRows, 64-byte aligned
+  T* rounded;             // scratch, rounded_room(num_queries, width)
   T* keys;                // scratch, capacity + kSelectionSlack
   Selection<T>* selections;  // [num_queries]
 };
+
+// Every query as it is and rounded, with some numbers of its own.
+constexpr int64_t rounded_room(int64_t num_queries, int64_t width) {
+  return (num_queries + kQueryGroup) * (width + (width + 1) / 2 + 3);
+}
 
 // topk_cut: a selection of more than k entries back to the k best, in the order in which they came. Its scratch holds as
 // many T as there are entries.

@@ -6,25 +6,28 @@ import math
 
 import pytest
 import torch
-from topk_helpers import DTYPES, all_scores, check, problem
+from topk_helpers import DTYPES, all_scores, assert_same, check, in_full, problem
 from torch import Tensor
 
 from mmrec_kernels import TopK, top_k
 
 
 def assert_one_of_many(p: dict[str, Tensor | None], k: int) -> TopK:
-    """What one query finds, which is to the bit what it finds beside others, where nothing is left out beforehand."""
+    """What one query finds, which is to the bit what it finds beside others, and where nothing is left out."""
     alone, many = top_k(**p, k=k), top_k(**{**p, "query": p["query"].expand(7, -1)}, k=k)
-    assert torch.equal(alone.ids[0], many.ids[6]) and torch.equal(alone.scores[0], many.scores[6])
+    assert_same(alone, in_full(p, k))
+    for row in range(7):
+        assert_same(alone, TopK(many.scores[row : row + 1], many.ids[row : row + 1]))
     return alone
 
 
 def assert_one_of_many_among_candidates(p: dict[str, Tensor]) -> None:
+    """Every query has its own candidates, and so scores them alone; here they are all items, the others far below."""
     ids = torch.randint(0, len(p["items"]), (500,))
     alone = top_k(**p, k=10, candidates=(torch.tensor([0, 500]), ids))
-    many = {**p, "query": p["query"].expand(7, -1)}
-    again = top_k(**many, k=10, candidates=(torch.arange(8) * 500, ids.repeat(7)))
-    assert torch.equal(alone.ids[0], again.ids[6]) and torch.equal(alone.scores[0], again.scores[6])
+    bias = torch.full((len(p["items"]),), -math.inf)
+    bias[ids] = 0.0 if p.get("bias") is None else p["bias"][ids]
+    assert_same(alone, in_full({**p, "bias": bias}, 10))
 
 
 @pytest.mark.parametrize("size", (1.0, 1e-30, 1e-20, 1e20, 1e37, 0.0, math.nan, math.inf))
@@ -156,10 +159,13 @@ def test_items_in_the_order_of_their_scores(n, dtype):
             check(assert_one_of_many(sorted_items, k), all_scores(**sorted_items), k)
 
 
-def test_one_query_over_int8_items_with_subnormal_scores():
-    query, items = torch.tensor([[1.0, 0.50001]]), torch.zeros(400, 2, dtype=torch.int8)
-    items[300, 1] = 1
-    assert top_k(query, items, 1, item_scales=torch.full((400,), 2.0**-149)).ids.tolist() == [[300]]
+@pytest.mark.parametrize("largest", (1.0, 1.004))
+def test_one_query_over_int8_items_with_subnormal_scores(largest):
+    """0.50001 is rounded to more than a half, and to less."""
+    query, items = torch.tensor([[largest, 0.50001]]), torch.zeros(2000, 2, dtype=torch.int8)
+    items[1700, 1] = 1
+    p = {"query": query, "items": items, "item_scales": torch.full((2000,), 2.0**-149)}
+    assert assert_one_of_many(p, 1).ids.tolist() == [[1700]]
 
 
 def test_one_query_over_int8_items_sees_what_rounding_loses():

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mmrec_kernels import TopK
+from mmrec_kernels import TopK, top_k
 from numerics import assert_accurate
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8)
@@ -68,3 +68,15 @@ def check(result: TopK, scores: Tensor, k: int, **lists_of) -> None:
     for row in result.ids.tolist():
         kept = [i for i in row if i >= 0]
         assert len(kept) == len(set(kept))
+
+
+def assert_same(a: TopK, b: TopK) -> None:
+    assert torch.equal(a.ids, b.ids) and torch.equal(a.scores, b.scores)
+
+
+def in_full(p: dict[str, Tensor | None], k: int, **lists_of) -> TopK:
+    """What the queries find beside one of NaN, which leaves nothing out beforehand. There are at least seven."""
+    queries = p["query"]
+    beside = torch.cat([queries, queries[:1].new_full((max(7 - len(queries), 1), queries.shape[1]), math.nan)])
+    found = top_k(**{**p, "query": beside}, k=k, **lists_of)
+    return TopK(found.scores[: len(queries)], found.ids[: len(queries)])
