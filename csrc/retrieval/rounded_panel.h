@@ -1,4 +1,4 @@
-// The first pass of many queries, where the ISA multiplies pairs of bfloat16 and quads of int8: panels of few bits.
+// The first pass of several queries, where the ISA multiplies pairs of bfloat16 and quads of int8: panels of few bits.
 //
 // A panel's rows are rounded to bfloat16 (those of int8 stay), transposed as 32-bit words of two or four columns, and meet the
 // rounded queries at two or four times the rate of float32. With e = q - round(q), D columns and the chain that defines a score,
@@ -8,10 +8,10 @@
 // and an item whose bound passes are gathered, 16 at a time whatever their queries, and scored by the chain of all other paths,
 // so results are the same bits. A panel of which many pairs pass is followed by some that are scored in full.
 //
-// What is lost where numbers become subnormal: sizes are at least 2^-70 and margins of queries at least 2^-50, so a bound has 2^-120 to
-// spare. What overflows: a margin is at least 2^-20 of its query's size and at most 2^50, and a size whose square is finite below 2^64,
-// so no sum does whose bound is finite. Scale and bias: the bound is rounded once, from above what the exact score is rounded
-// from; only what adding margin and bias loses needs room, 2^-20 of the bias.
+// A query has a margin, the bracket above, and a row a size: at least |x|, or 1 for int8, times |scale|. The bound of a score is
+// product · scale + margin · size, rounded, + bias, rounded: as the score itself is, so that what overflows or is rounded up there
+// is here too. What is lost where numbers become subnormal: margins are at least 2^-50 and sizes 2^-70, which is 2^-120 to spare.
+// Where sums overflow: margins are at most 2^50, so |q| is at most 2^58, and |x| is below 2^64 unless its square is infinite.
 #pragma once
 
 #include "rounded_query.h"
@@ -29,7 +29,7 @@ struct Rounded;
 template <>
 struct Rounded<ItemType::kFloat32> {
   static constexpr int kColumns = 2;  // of a word
-  static constexpr int64_t kMaxWidth = 4096;
+  static constexpr int64_t kMaxWidth = kMaxRoundedWidth;
 
   using Sum = F32;
   MMREC_INLINE static Sum start(int32_t) { return broadcast(0.0f); }
@@ -60,7 +60,7 @@ struct Rounded<ItemType::kInt8> {
   MMREC_INLINE static F32 product(Sum acc, float step) { return mul({_mm512_cvtepi32_ps((Word)acc)}, broadcast(step)); }
 };
 
-// A query as the first pass knows it: a bound is (sum of products · step) · scale + margin · size of the row + bias.
+// A query as the first pass knows it: its product with a row is step times the sum.
 struct RoundedOne {
   int32_t start;  // of the sum
   float step, margin;
@@ -78,7 +78,7 @@ struct RoundedQueries {
   // False where a query cannot be rounded so that its bounds are of use.
   bool round(const TopkScan<float>& scan) {
     const int64_t width = scan.width, groups = divide_up(scan.num_queries, kQueryGroup);
-    if (width > Rounded<type>::kMaxWidth) return false;
+    if (width > Rounded<type>::kMaxWidth || scan.rounded == nullptr) return false;
     steps = divide_up(width, kColumns);
     rows = scan.rounded;
     words = reinterpret_cast<uint32_t*>(rows + groups * kQueryGroup * width);
@@ -98,19 +98,15 @@ struct RoundedQueries {
   }
 
   bool round_one(const float* query, int64_t width, uint32_t* to, RoundedOne& one) const {
-    double squares = 0, missed = 0, total = 0;
-    for (int64_t d = 0; d < width; ++d) {
-      squares += static_cast<double>(query[d * kQueryGroup]) * query[d * kQueryGroup];
-      total += __builtin_fabs(query[d * kQueryGroup]);
-    }
     if constexpr (type == ItemType::kInt8) {
       RoundedQuery rounded;
       if (!rounded.round(query, width) || rounded.bytes != 1) return false;
       for (int64_t s = 0; s < steps; ++s) std::memcpy(to + s * kQueryGroup, rounded.high + 4 * s, 4);
       one.start = -rounded.offset;
       one.step = rounded.step;
-      return bound(rounded.margin + 1.02 * 0x1p-20 * 128 * total, one);
+      return bound(rounded.margin, one);
     } else {
+      double squares = 0, missed = 0;
       for (int64_t s = 0; s < steps; ++s) {
         uint32_t word = 0;
         for (int c = 0; c < 2 && 2 * s + c < width; ++c) {
@@ -118,21 +114,17 @@ struct RoundedQueries {
           const BFloat16 near = narrow(q);
           word |= uint32_t{near.bits} << (16 * c);
           const double lost = static_cast<double>(q) - widen(near);
+          squares += static_cast<double>(q) * q;
           missed += lost * lost;
         }
         to[s * kQueryGroup] = word;
       }
       one.start = 0;
       one.step = 1;
-      const double roundings = 2 * static_cast<double>(width + 8) * 0x1p-24 + 0x1p-20;
+      const double roundings = 2 * static_cast<double>(width + 8) * 0x1p-24;
       return bound(1.02 * (__builtin_sqrt(missed) + __builtin_sqrt(squares) * (0x1p-8 + roundings)), one);
     }
   }
-};
-
-// What a panel's rows are to the first pass. Words are in Panel::values.
-struct RoundedRows {
-  alignas(64) float size[kPanelRows<float>], scale[kPanelRows<float>], bias[kPanelRows<float>];
 };
 
 // Not inlined: beside it the compiler makes a slower loop of the whole blocks.
@@ -142,8 +134,9 @@ __attribute__((noinline)) void load_last_rounded(const char* const* rows, int64_
   transpose_words(block);
 }
 
+// The words of a panel's rows, [steps][kPanelRows] in Panel::values, and the rows' sizes.
 template <ItemType type>
-void pack_rounded(const TopkScan<float>& scan, const Panel<float>& panel, RoundedRows& to) {
+void pack_rounded(const TopkScan<float>& scan, const Panel<float>& panel, float* sizes) {
   constexpr int kLanes = F32::kLanes, kColumns = Rounded<type>::kColumns * kLanes;
   Word* const words = reinterpret_cast<Word*>(panel.values);
   for (int v = 0; v < kVectors; ++v) {
@@ -168,22 +161,13 @@ void pack_rounded(const TopkScan<float>& scan, const Panel<float>& panel, Rounde
         for (int w = 0; w * Rounded<type>::kColumns < left; ++w) put(w);
       }
     }
-    // Also what squares lose to subnormals; and 2 % for what rounding takes from a row, and for the roundings of these lines.
     F32 size = broadcast(1.0f);
     if constexpr (type != ItemType::kInt8) {
       const F32 sum = add(add(squares[0], squares[1]), add(squares[2], squares[3]));
-      size = {_mm512_sqrt_ps(fma(sum, broadcast(1.02f), broadcast(0x1p-110f)).v)};
+      size = {_mm512_sqrt_ps(add(sum, broadcast(0x1p-110f)).v)};  // more than what squares lose to subnormals
     }
-    if (scan.scales != nullptr) {
-      const F32 scale = load(panel.scale + v * kLanes);
-      store(to.scale + v * kLanes, scale);
-      size = fma(size, abs(scale), broadcast(0x1p-70f));
-    }
-    store(to.size + v * kLanes, size);
-    if (scan.bias == nullptr) continue;
-    const F32 bias = load(panel.bias + v * kLanes);
-    const F32 rounded_up = fma(abs(bias), broadcast(0x1p-20f), bias);
-    store(to.bias + v * kLanes, select(same(bias, broadcast(-__builtin_inff())), bias, rounded_up));
+    if (scan.scales != nullptr) size = fma(size, abs(load(panel.scale + v * kLanes)), broadcast(0x1p-70f));
+    store(sizes + v * kLanes, size);
   }
 }
 
@@ -201,9 +185,8 @@ class Pairs {
     bits &= left > 0 ? lanes_before<kLanes>(left) : 0;
     const int64_t added = __builtin_popcount(bits);
     for (; bits != 0; bits &= bits - 1) {
-      const int64_t position = panel.first + v * kLanes + __builtin_ctz(bits);
       query_[count_] = query;
-      id_[count_++] = scan_.ids != nullptr ? scan_.ids[position] : position;
+      id_[count_++] = panel.first + v * kLanes + __builtin_ctz(bits);
       if (count_ == kLanes) score();
     }
     return added;
@@ -272,7 +255,7 @@ class Pairs {
 
 // A group of queries and a panel: pairs whose bound passes their query's threshold. How many they are.
 template <int kQueries, ItemType type>
-int64_t pass_group(const TopkScan<float>& scan, const Panel<float>& panel, const RoundedRows& rows,
+int64_t pass_group(const TopkScan<float>& scan, const Panel<float>& panel, const float* sizes,
                    const RoundedQueries<type>& queries, int64_t first_query, NextPanel& next, Pairs<type>& pairs) {
   constexpr int kLanes = F32::kLanes;
   const uint32_t* const words = queries.words + first_query * queries.steps;
@@ -293,10 +276,10 @@ int64_t pass_group(const TopkScan<float>& scan, const Panel<float>& panel, const
   }
   int64_t count = 0;
   for (int v = 0; v < kVectors; ++v) {
-    const F32 size = load(rows.size + v * kLanes), scale = load(rows.scale + v * kLanes), bias = load(rows.bias + v * kLanes);
+    const F32 size = load(sizes + v * kLanes), scale = load(panel.scale + v * kLanes), bias = load(panel.bias + v * kLanes);
     for (int i = 0; i < kQueries; ++i) {
-      const F32 margin = fma(size, broadcast(ones[i].margin), bias);
-      const F32 most = fma(Rounded<type>::product(acc[i][v], ones[i].step), scale, margin);
+      const F32 margin = mul(size, broadcast(ones[i].margin));
+      const F32 most = add(fma(Rounded<type>::product(acc[i][v], ones[i].step), scale, margin), bias);
       const uint32_t bits = not_at_most(most, broadcast(scan.selections[first_query + i].threshold));
       if (__builtin_expect(bits != 0, 0)) count += pairs.add(first_query + i, panel, v, bits);
     }

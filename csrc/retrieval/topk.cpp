@@ -108,7 +108,7 @@ struct Problem {
 template <typename T>
 struct Task {
   int64_t query_begin, query_end, item_begin, item_end;
-  std::vector<T> scores, keys, rounded;
+  std::vector<T> scores, keys;
   std::vector<int64_t> ids;
   std::vector<Selection<T>> selections;
 
@@ -136,12 +136,13 @@ struct Task {
                        ids.data() + i * room, excluded, excluded_end};
     }
     scan.keys = keys.data();
-    rounded.resize(static_cast<size_t>(rounded_room(n, scan.width)));
-    scan.rounded = rounded.data();
     if (problem.candidates) {
       run_candidates(problem, scan);
       return;
     }
+    const int64_t room_rounded = sizeof(T) == sizeof(float) ? rounded_room(n, scan.width) : 0;
+    std::unique_ptr<char[]> rounded(room_rounded > 0 ? new char[static_cast<size_t>(room_rounded)] : nullptr);
+    scan.rounded = reinterpret_cast<T*>(rounded.get());
     scan.queries = problem.queries.data() + query_begin * scan.steps;
     scan.num_queries = n;
     scan.selections = selections.data();
@@ -152,6 +153,7 @@ struct Task {
 
   // Each query has its own items: one scan each, over a group that holds it alone.
   void run_candidates(const Problem<T>& problem, TopkScan<T>& scan) {
+    scan.rounded = nullptr;
     std::vector<T> alone(static_cast<size_t>(scan.steps * kQueryGroup), T(0));
     for (int64_t b = query_begin; b < query_end; ++b) {
       const T* group = problem.queries.data() + (b / kQueryGroup) * scan.steps * kQueryGroup + b % kQueryGroup;

@@ -1,15 +1,18 @@
 // Streaming top-k, the scan.    score[b, n] = (q_b · x_n) · scale_n + bias_n
 //
-// Items are read once per call, kPanelRows at a time. From seven queries on a panel is transposed (and widened to float) into
-// L1, and every group of queries meets it with items in the lanes of the vectors:
+// Items are read once per call, kPanelRows at a time. A panel is transposed (and widened to float) into L1, and every group of
+// queries meets it with items in the lanes of the vectors:
 //     acc[query][lane] = fma(panel[d][lane], q[query][d], acc)        d = 0 .. D-1, in this order
-// A score is one such chain over d, whatever the batch: its bits depend on its query and its item only. Fewer queries take
-// the same sums from the transposed registers: a panel would be written and read only once.
+// A score is one such chain over d, whatever the batch: its bits depend on its query and its item only. Up to six
+// queries take the same sums from the transposed registers: a panel would be written and read only once.
 // Where the ISA multiplies pairs of bfloat16 and both sides are bfloat16, a step of the chain is a pair.
-// One query scores in full only those items for which a bound of their score passes (first_pass.h, rounded_query.h).
+// Where a bound of a score can be had for less, only items whose bound passes are scored: of one query (first_pass.h, rounded_query.h),
+// and of more over items of float32 or int8 (rounded_panel.h).
 // The epilogue compares a vector of scores with the query's running threshold; almost always nothing passes.
 //
 // Reads: items once (N·D elements), queries from L2 once per panel. Flops 2·B·N·D. Writes: candidates only.
+
+#include <type_traits>
 
 #include "rounded_panel.h"
 
@@ -74,31 +77,32 @@ void score_panel(const TopkScan<T>& scan, const Panel<T>& panel, const T* querie
   select<kQueries>(scan, panel, acc, selections);
 }
 
+// f of how many queries a group has, of which `left` are left with those behind it, as a constant.
+template <typename F>
+MMREC_INLINE void with_count(int64_t left, const F& f) {
+  switch (left) {
+    case 1:
+      return f(std::integral_constant<int, 1>());
+    case 2:
+      return f(std::integral_constant<int, 2>());
+    case 3:
+      return f(std::integral_constant<int, 3>());
+    case 4:
+      return f(std::integral_constant<int, 4>());
+    case 5:
+      return f(std::integral_constant<int, 5>());
+    default:
+      return f(std::integral_constant<int, kQueryGroup>());
+  }
+}
+
 template <typename Step, typename T>
 void score_groups(const TopkScan<T>& scan, const Panel<T>& panel) {
   NextPanel next = NextPanel::after(scan, panel, scan.steps);
   for (int64_t b = 0; b < scan.num_queries; b += kQueryGroup) {
-    const T* queries = scan.queries + b * scan.steps;
-    Selection<T>* selections = scan.selections + b;
-    switch (scan.num_queries - b) {
-      case 1:
-        score_panel<1, Step>(scan, panel, queries, next, selections);
-        break;
-      case 2:
-        score_panel<2, Step>(scan, panel, queries, next, selections);
-        break;
-      case 3:
-        score_panel<3, Step>(scan, panel, queries, next, selections);
-        break;
-      case 4:
-        score_panel<4, Step>(scan, panel, queries, next, selections);
-        break;
-      case 5:
-        score_panel<5, Step>(scan, panel, queries, next, selections);
-        break;
-      default:
-        score_panel<6, Step>(scan, panel, queries, next, selections);
-    }
+    with_count(scan.num_queries - b, [&](auto count) {
+      score_panel<count, Step>(scan, panel, scan.queries + b * scan.steps, next, scan.selections + b);
+    });
   }
 }
 
@@ -237,46 +241,18 @@ bool try_rounded(const TopkScan<float>& scan, Panel<float>& panel) {
 #endif
 
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
-template <ItemType type>
-int64_t pass_panel(const TopkScan<float>& scan, const Panel<float>& panel, const RoundedRows& rows,
-                   const RoundedQueries<type>& queries, Pairs<type>& pairs) {
-  NextPanel next = NextPanel::after(scan, panel, queries.steps);
-  int64_t passed = 0;
-  for (int64_t b = 0; b < scan.num_queries; b += kQueryGroup) {
-    switch (scan.num_queries - b) {
-      case 1:
-        passed += pass_group<1>(scan, panel, rows, queries, b, next, pairs);
-        break;
-      case 2:
-        passed += pass_group<2>(scan, panel, rows, queries, b, next, pairs);
-        break;
-      case 3:
-        passed += pass_group<3>(scan, panel, rows, queries, b, next, pairs);
-        break;
-      case 4:
-        passed += pass_group<4>(scan, panel, rows, queries, b, next, pairs);
-        break;
-      case 5:
-        passed += pass_group<5>(scan, panel, rows, queries, b, next, pairs);
-        break;
-      default:
-        passed += pass_group<6>(scan, panel, rows, queries, b, next, pairs);
-    }
-  }
-  return passed;
-}
-
 // False if the queries cannot be rounded.
 template <ItemType type>
 bool try_rounded_panels(const TopkScan<float>& scan, Panel<float>& panel) {
-  constexpr int kRows = kPanelRows<float>, kPanelsInFull = 8;
+  // A pair that passes costs about as much as so many that are scored in full beside others.
+  constexpr int kPairCosts = 64, kRows = kPanelRows<float>, kPanelsInFull = 8;
   RoundedQueries<type> queries;
   if (!queries.round(scan)) return false;
-  RoundedRows rows;
-  for (int i = 0; i < kRows; ++i) {
-    rows.scale[i] = 1;
-    rows.bias[i] = 0;
+  for (int i = 0; i < kRows; ++i) {  // where there are none, nobody writes them
+    panel.scale[i] = 1;
+    panel.bias[i] = 0;
   }
+  alignas(64) float sizes[kRows];
   Pairs<type> pairs(scan, queries.rows);
   int64_t in_full = scan.begin + kPanelsInFull * kRows;  // panels before this one
   for (int64_t first = scan.begin; first < scan.end; first += kRows) {
@@ -286,10 +262,15 @@ bool try_rounded_panels(const TopkScan<float>& scan, Panel<float>& panel) {
       score_groups<Multiply>(scan, panel);
       continue;
     }
-    pack_rounded<type>(scan, panel, rows);
-    const int64_t passed = pass_panel(scan, panel, rows, queries, pairs);
-    // A pair that passes costs as much as some 20 that are scored in full beside others.
-    if (passed * 64 > scan.num_queries * kRows) {
+    pack_rounded<type>(scan, panel, sizes);
+    NextPanel next = NextPanel::after(scan, panel, queries.steps);
+    int64_t passed = 0;
+    for (int64_t b = 0; b < scan.num_queries; b += kQueryGroup) {
+      with_count(scan.num_queries - b, [&](auto count) {
+        passed += pass_group<count>(scan, panel, sizes, queries, b, next, pairs);
+      });
+    }
+    if (passed * kPairCosts > scan.num_queries * kRows) {
       pairs.score();
       in_full = first + (1 + kPanelsInFull) * kRows;
     }
@@ -301,27 +282,15 @@ bool try_rounded_panels(const TopkScan<float>& scan, Panel<float>& panel) {
 
 template <ItemType type>
 void scan_words(const TopkScan<float>& scan, Panel<float>& panel) {
-  switch (scan.num_queries) {
-    case 1:
-      return scan_passing<type>(scan, panel, RowProducts<type>(scan, scan.panel));
-    case 2:
-      return scan_rows<2, type>(scan, panel);
-    case 3:
-      return scan_rows<3, type>(scan, panel);
-    case 4:
-      return scan_rows<4, type>(scan, panel);
-    case 5:
-      return scan_rows<5, type>(scan, panel);
-    case 6:
-      return scan_rows<6, type>(scan, panel);
-    default:
-      break;
-  }
+  if (scan.num_queries == 1) return scan_passing<type>(scan, panel, RowProducts<type>(scan, scan.panel));
 #if defined(__AVX512BF16__) && defined(__AVX512VNNI__)
   if constexpr (type == ItemType::kFloat32 || type == ItemType::kInt8) {
     if (try_rounded_panels<type>(scan, panel)) return;
   }
 #endif
+  if (scan.num_queries <= kQueryGroup) {
+    return with_count(scan.num_queries, [&](auto count) { scan_rows<count, type>(scan, panel); });
+  }
   for (int64_t first = scan.begin; first < scan.end; first += kPanelRows<float>) {
     find_rows(scan, first, panel);
     pack_panel<type>(scan, panel);

@@ -45,14 +45,16 @@ struct TopkScan {
   const int64_t* ids;     // rows to score, ascending; null: all of [begin, end)
   int64_t begin, end;     // positions in ids, or row numbers
   T* panel;               // scratch, steps * kMaxPanelRows, 64-byte aligned
-  T* rounded;             // scratch, rounded_room(num_queries, width)
+  T* rounded;             // scratch of rounded_room bytes, or null where queries are not to be rounded together
   T* keys;                // scratch, capacity + kSelectionSlack
   Selection<T>* selections;  // [num_queries]
 };
 
-// Every query as it is and rounded, with some numbers of its own.
+// Bytes for queries as they are and rounded, each with some numbers of its own; none for those that never are.
+constexpr int64_t kMaxRoundedWidth = 4096;
 constexpr int64_t rounded_room(int64_t num_queries, int64_t width) {
-  return (num_queries + kQueryGroup) * (width + (width + 1) / 2 + 3);
+  if (num_queries <= 1 || width > kMaxRoundedWidth) return 0;
+  return (num_queries + kQueryGroup) * (width + (width + 1) / 2 + 3) * static_cast<int64_t>(sizeof(float));
 }
 
 // topk_cut: a selection of more than k entries back to the k best, in the order in which they came. Its scratch holds as

@@ -74,9 +74,13 @@ def assert_same(a: TopK, b: TopK) -> None:
     assert torch.equal(a.ids, b.ids) and torch.equal(a.scores, b.scores)
 
 
-def in_full(p: dict[str, Tensor | None], k: int, **lists_of) -> TopK:
-    """What the queries find beside one of NaN, which leaves nothing out beforehand. There are at least seven."""
-    queries = p["query"]
-    beside = torch.cat([queries, queries[:1].new_full((max(7 - len(queries), 1), queries.shape[1]), math.nan)])
-    found = top_k(**{**p, "query": beside}, k=k, **lists_of)
-    return TopK(found.scores[: len(queries)], found.ids[: len(queries)])
+def in_full(p: dict[str, Tensor | None], k: int, exclude: tuple[Tensor, Tensor] | None = None) -> TopK:
+    """What the queries find beside one of NaN, where nothing is left out beforehand. They are made at least seven, and
+    must be few enough for one thread to take them all."""
+    count, more = len(p["query"]), max(7 - len(p["query"]), 1)
+    assert count < 63
+    beside = torch.cat([p["query"], p["query"][:1].new_full((more, p["query"].shape[1]), math.nan)])
+    if exclude is not None:
+        exclude = torch.cat([exclude[0], exclude[0][-1:].expand(more)]), exclude[1]
+    found = top_k(**{**p, "query": beside}, k=k, exclude=exclude)
+    return TopK(found.scores[:count], found.ids[:count])
