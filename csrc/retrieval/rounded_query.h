@@ -78,6 +78,13 @@ MMREC_INLINE __m512i add_groups(__m512i a, __m512i b) {
   return _mm512_add_epi32(_mm512_shuffle_i32x4(a, b, 0x88), _mm512_shuffle_i32x4(a, b, 0xdd));
 }
 
+// Rows of a line or two, whose lanes are summed between them, are not what a CPU reads ahead by itself (a Zen 5): far ahead into
+// L2, so that much of memory is on its way, and from there into L1.
+MMREC_INLINE void ask_ahead(const char* line) {
+  _mm_prefetch(line + 16384, _MM_HINT_T1);
+  _mm_prefetch(line + 2048, _MM_HINT_T0);
+}
+
 // Products of rows of kBlocks vectors each, with a query of kBytes.
 template <int kBlocks, int kBytes>
 class RoundedProducts {
@@ -107,9 +114,7 @@ class RoundedProducts {
  private:
   // Of every fourth column; only the bits of end_ count of the last vector.
   MMREC_INLINE __m512i row_sums(const char* row) const {
-    // Rows of a line or two are not what a Zen 5 reads ahead by itself.
-    constexpr int64_t kAhead = 8192;
-    for (int b = 0; b < kBlocks; ++b) _mm_prefetch(row + kAhead + 64 * b, _MM_HINT_T0);
+    for (int b = 0; b < kBlocks; ++b) ask_ahead(row + 64 * b);
     const __m512i to_unsigned = _mm512_set1_epi8(static_cast<char>(0x80));
     __m512i upper = _mm512_setzero_si512(), lower = upper;
     for (int b = 0; b < kBlocks; ++b) {
