@@ -231,8 +231,15 @@ def peers(
         Protocol, typer.Option(help="S leave-last-out, G random per user, T global time.")
     ] = Protocol.G,
     model: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="bpr, lightgcn; repeatable. Default: all.")
+        list[str] | None,
+        typer.Option(
+            metavar="NAME",
+            help="bpr, lightgcn, vbpr, bm3, freedom, sasrec, esasrec; repeatable. Default: all that the data allows.",
+        ),
     ] = None,
+    modalities: Modalities = "all",
+    backbone: BackboneName = None,
+    quantize: Quantized = Quantize.nf4,
     seeds: Annotated[str, typer.Option(help="Comma-separated seeds.")] = "0",
     settings: Settings = None,
     layout: Layout = "auto",
@@ -243,9 +250,13 @@ def peers(
 ) -> None:
     """Train published models and evaluate them beside the floors."""
     from .commands.peers import peers_command
+    from .commands.settings import Choices
 
+    choices = Choices(
+        modalities=modalities, backbone=backbone, quantize=quantize.value, settings=tuple(settings or ())
+    )  # fmt: skip
     peers_command(
-        data=data, protocol=protocol.value, models=model or [], seeds=seeds, settings=settings or [], layout=layout,
+        data=data, protocol=protocol.value, models=model or [], seeds=seeds, choices=choices, layout=layout,
         split_seed=split_seed, hold_out=hold_out, json_file=json_file,
     )  # fmt: skip
 

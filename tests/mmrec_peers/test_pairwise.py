@@ -7,39 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from peers_helpers import ITEMS, TRAIN, USERS, communities, normalised, recall
 
 from mmrec.evaluation import Ragged, Split, most_popular, per_user
-from mmrec.evaluation.protocols import general
 from mmrec.peers import BPR, VBPR, Graph, LightGCN, PairwiseConfig, fit_pairwise
-from mmrec.peers.training import _epoch, _Negatives
-
-TRAIN = Ragged.from_lists([[0, 1, 1], [1, 2], [], [0, 1, 3]])
-USERS, ITEMS = 4, 5  # item 4 is cold, user 2 has nothing
-
-
-def normalised(train: Ragged, num_items: int) -> Tensor:
-    """D^−½ A D^−½, dense, in float64."""
-    users = len(train)
-    matrix = torch.zeros(users + num_items, users + num_items, dtype=torch.float64)
-    for user in range(users):
-        for item in train[user].tolist():
-            matrix[user, users + item] = matrix[users + item, user] = 1
-    degree = matrix.sum(1)
-    scale = torch.where(degree > 0, degree, 1).rsqrt()
-    return scale[:, None] * matrix * scale
-
-
-def communities(seed: int = 0, users: int = 300, items: int = 120) -> Split:
-    """Users of one half choose, almost always, items of one half; every item is about as popular."""
-    random = np.random.default_rng(seed)
-    side = random.integers(2, size=users)
-    rows = []
-    for user in range(users):
-        own = np.arange(items)[np.arange(items) % 2 == (side[user] if random.random() < 0.95 else 1 - side[user])]
-        rows.append(random.choice(own, 20, replace=False))
-    user, item = np.repeat(np.arange(users), 20), np.concatenate(rows)
-    return general(user, item, users, items, seed=seed)
+from mmrec.peers.training import Negatives, _PairwiseFit
 
 
 def test_the_graph_is_normalised_by_both_degrees():
@@ -73,14 +45,14 @@ def test_vbpr_adds_what_content_says():
 
 def test_the_loss_and_its_decay(monkeypatch):
     """One step's loss by the formula, from the weights before it; all interactions are in it once."""
-    model, config = BPR(USERS, ITEMS, width=4), PairwiseConfig(weight_decay=0.3, batch_size=100, learning_rate=0.01)
-    before = [p.detach().clone() for p in model.parameters()]
+    config = PairwiseConfig(weight_decay=0.3, batch_size=100, learning_rate=0.01)
+    parts = Split("G", USERS, ITEMS, TRAIN, Ragged.from_lists([[2], [], [], []]), Ragged.empty(USERS), origin="test")
+    fit = _PairwiseFit(lambda: BPR(USERS, ITEMS, width=4), parts, config)
+    model = fit.model
+    user, item = (p.detach().clone() for p in model.parameters())
     drawn = []
-    negatives = _Negatives(TRAIN, ITEMS)
-    monkeypatch.setattr(negatives, "draw", lambda users, random: drawn.append(users) or np.full(len(users), 2))
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    loss = _epoch(model, optimizer, TRAIN, negatives, config, np.random.default_rng(0))
-    user, item = before
+    monkeypatch.setattr(fit.negatives, "draw", lambda users, random: drawn.append(users) or np.full(len(users), 2))
+    loss = fit.epoch(1)
     total, decay = 0.0, 0.0
     for u, i in zip(TRAIN.row_of.tolist(), TRAIN.ids.tolist(), strict=True):
         gap = float(user[u] @ (item[i] - item[2]))
@@ -93,14 +65,14 @@ def test_the_loss_and_its_decay(monkeypatch):
 
 
 def test_negatives_are_uniform_among_what_was_not_chosen():
-    negatives, random = _Negatives(TRAIN, ITEMS), np.random.default_rng(0)
+    negatives, random = Negatives(TRAIN, ITEMS), np.random.default_rng(0)
     counts = {user: np.bincount(negatives.draw(np.full(3000, user), random), minlength=ITEMS) for user in (0, 1, 2, 3)}
     allowed = {0: [2, 3], 1: [0, 3], 2: [0, 1, 2, 3], 3: [2]}
     for user, items in allowed.items():
         assert counts[user][items].sum() == 3000  # never a chosen one, never the cold one
         assert (abs(counts[user][items] - 3000 / len(items)) < 5 * math.sqrt(3000 / len(items))).all()
     with pytest.raises(ValueError, match="user row 1 chose all 2 trained items"):
-        _Negatives(Ragged.from_lists([[0], [0, 1]]), 2)
+        Negatives(Ragged.from_lists([[0], [0, 1]]), 2)
 
 
 @pytest.mark.parametrize("kind", ("bpr", "lightgcn", "vbpr"))
@@ -114,11 +86,7 @@ def test_communities_are_found(kind):
     }[kind]
     config = PairwiseConfig(learning_rate=0.02, batch_size=512, epochs=40, patience=5)
     fitted = fit_pairwise(make, parts, config)
-    users = torch.from_numpy(parts.users("test"))
-    relevant = parts.relevant("test")
-    own = float(per_user(fitted(parts, "test", 20), relevant, ["Recall@20"])["Recall@20"].mean())
-    floor = float(per_user(most_popular(parts, "test", 20), relevant, ["Recall@20"])["Recall@20"].mean())
-    assert own > 1.5 * floor and len(users) > 250
+    assert recall(fitted, parts) > 1.5 * recall(most_popular, parts) and len(parts.users("test")) > 250
     # The best epoch's weights are what is kept.
     values = [row["valid"] for row in fitted.curves]
     assert values[fitted.best_epoch - 1] == max(values) and values.index(max(values)) == fitted.best_epoch - 1

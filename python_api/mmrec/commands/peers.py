@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,31 +15,59 @@ from .data import Data, load_data
 from .evaluate import SHOWN, figures, with_metrics
 from .rankers import evaluate_floor, floor_names
 from .results import print_means, seeds_of
+from .runs import cache_folder
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from ..evaluation import Result
-    from ..peers import Pairwise, PairwiseConfig
+    from ..peers import Fitted, FittedSequence
+    from ..peers.training import FitConfig
+    from .settings import Choices
 
 __all__ = ["NAMES", "peers_command"]
 
-# What a model is made with, and what its training has that is not PairwiseConfig's default. BPR's weight decay was the
-# best of 1e-3, 1e-2 and 1e-1 on the validation part of amazon-baby, protocol G.
-NAMES: Mapping[str, tuple[Mapping[str, Any], Mapping[str, Any]]] = {
-    "bpr": ({"width": 64}, {"weight_decay": 0.1}),
-    "lightgcn": ({"width": 64, "layers": 3}, {}),
-}
+
+@dataclass(frozen=True)
+class _Peer:
+    """What a model is made with, and what its training has that is not the default.
+
+    Attributes:
+        reads: "identities", "content" beside them, or the "order" of histories.
+    """
+
+    reads: str
+    own: Mapping[str, Any]
+    training: Mapping[str, Any] = field(default_factory=dict)
+
+
+# BPR's weight decay was the best of 1e-3, 1e-2 and 1e-1 on the validation part of amazon-baby, protocol G.
+NAMES: Mapping[str, _Peer] = {
+    "bpr": _Peer("identities", {"width": 64}, {"weight_decay": 0.1}),
+    "lightgcn": _Peer("identities", {"width": 64, "layers": 3}),
+    "vbpr": _Peer("content", {"width": 64}, {"weight_decay": 0.1}),
+    "bm3": _Peer("content", {"width": 64, "layers": 1, "dropout": 0.3, "content_weight": 2.0}, {"weight_decay": 0.1}),
+    "freedom": _Peer(
+        "content", {"width": 64, "layers": 2, "neighbours": 10, "kept": 0.2, "content_weight": 1e-3},
+        {"weight_decay": 0.0},
+    ),
+    "sasrec": _Peer("order", {"width": 64, "layers": 2, "heads": 2, "dropout": 0.5, "gated": False, "loss": "binary"}),
+    "esasrec": _Peer("order", {"width": 64, "layers": 2, "heads": 2, "dropout": 0.5, "gated": True, "loss": "softmax"}),
+}  # fmt: skip
 
 
 def peers_command(
-    *, data: Path, protocol: str, models: Sequence[str], seeds: str, settings: Sequence[str], layout: str,
+    *, data: Path, protocol: str, models: Sequence[str], seeds: str, choices: Choices, layout: str,
     split_seed: int, hold_out: float | None, json_file: Path | None,
 ) -> None:  # fmt: skip
-    """See ``mmrec peers --help``."""
+    """See ``mmrec peers --help``. `choices` has the options of the content, and the settings of models and training."""
     from ..evaluation import evaluate, interval
 
     numbers = seeds_of(seeds, fewest=1)
-    chosen = {name: _settings(name, settings) for name in models or NAMES}
+    _check_names(models)
     read = load_data(data, protocol, layout=layout, split_seed=split_seed, hold_out=hold_out)
+    makers = _Makers(read, choices)
+    chosen = {name: _settings(name, choices.settings) for name in models or makers.possible()}
     say(f"{read.catalogue!r}, protocol {read.split.protocol}: {read.split.origin}")
     metrics = with_metrics(SHOWN)
     results = {name: evaluate_floor(name, read, metrics=metrics) for name in floor_names(None)}
@@ -46,7 +76,7 @@ def peers_command(
     for name, (own, training) in chosen.items():
         for seed in numbers:
             config = dataclasses.replace(training, seed=seed)
-            fitted, seconds = _fit(name, own, config, read)
+            fitted, seconds = _fit(name, makers.maker(name, own), config, read)
             found = evaluate(
                 fitted, read.split, model=name, dataset=read.catalogue.name, fingerprint=read.fingerprint, seed=seed,
                 metrics=metrics, groups=False,
@@ -67,35 +97,95 @@ def peers_command(
     write_json(json_file, content)
 
 
-def _fit(name: str, own: Mapping[str, Any], config: PairwiseConfig, data: Data) -> tuple[Any, float]:
-    from ..peers import fit_pairwise
+def _fit(name: str, make: Callable[[], Any], config: FitConfig, data: Data) -> tuple[Fitted | FittedSequence, float]:
+    from ..peers import PairwiseConfig, SequenceConfig, fit_pairwise, fit_sequence
 
     with status(f"training {name}, seed {config.seed}"):
-        fitted = fit_pairwise(_maker(name, own, data), data.split, config)
+        fitted: Fitted | FittedSequence
+        if isinstance(config, SequenceConfig):
+            fitted = fit_sequence(make, data.split, config)
+        else:
+            assert isinstance(config, PairwiseConfig)
+            fitted = fit_pairwise(make, data.split, config)
     seconds = sum(row["seconds"] for row in fitted.curves)
     say(f"{name}, seed {config.seed}: epoch {fitted.best_epoch} of {len(fitted.curves)} was best; {seconds:.0f} s")
     return fitted, round(seconds, 1)
 
 
-def _maker(name: str, own: Mapping[str, Any], data: Data) -> Callable[[], Pairwise]:
-    from ..peers import BPR, Graph, LightGCN
+class _Makers:
+    """Makes models for one split; graph and content are read once, when the first model asks."""
 
-    users, items = data.split.num_users, data.split.num_items
-    if name == "bpr":
-        return lambda: BPR(users, items, **own)
-    graph = Graph(data.split.train, items)
-    return lambda: LightGCN(graph, **own)
+    def __init__(self, data: Data, choices: Choices) -> None:
+        self.data, self.choices = data, choices
+
+    def possible(self) -> list[str]:
+        """What this data and protocol have enough for."""
+        reads = {"identities"} | ({"content"} if self._modalities else set())
+        reads |= {"order"} if self.data.split.protocol != "G" else set()
+        return [name for name, peer in NAMES.items() if peer.reads in reads]
+
+    def maker(self, name: str, own: Mapping[str, Any]) -> Callable[[], Any]:
+        """Of the model; ``ValueError`` where the data has not what it reads."""
+        from ..peers import BM3, BPR, FREEDOM, VBPR, LightGCN, SASRec
+
+        split = self.data.split
+        if NAMES[name].reads == "order":
+            if split.protocol == "G":
+                raise ValueError(f"--model {name}: histories have no order under protocol G; take S or T")
+            return lambda: SASRec(split.popularity > 0, **own)
+        if name == "bpr":
+            return lambda: BPR(split.num_users, split.num_items, **own)
+        if name == "lightgcn":
+            return lambda: LightGCN(self._graph, **own)
+        features = self._features
+        if not features:
+            raise ValueError(f"--model {name}: {self.data.catalogue.name!r} has no text, images or feature files")
+        if name == "vbpr":
+            import torch
+
+            together = torch.cat(features, 1)
+            return lambda: VBPR(split.num_users, split.num_items, together, **own)
+        if name == "bm3":
+            return lambda: BM3(self._graph, features, **own)
+        return lambda: FREEDOM(self._graph, features, **own)
+
+    @cached_property
+    def _graph(self) -> Any:
+        from ..peers import Graph
+
+        return Graph(self.data.split.train, self.data.split.num_items)
+
+    @cached_property
+    def _modalities(self) -> tuple[str, ...]:
+        config = self.choices.config_of_content(self.data.catalogue)
+        return tuple(name for name in config.content if name != "table")
+
+    @cached_property
+    def _features(self) -> list[Tensor]:
+        """Each modality's vectors, averaged per item. The table is among the texts."""
+        from ..recommender.training.features import prepare_content
+
+        if not self._modalities:
+            return []
+        config = self.choices.config_of_content(self.data.catalogue).replace(modalities=self._modalities)
+        content = prepare_content(self.data.catalogue, config, ~self.data.split.cold_items, cache=cache_folder())
+        return [content.inputs.tokens[name].mean() for name in self._modalities]
 
 
-def _settings(name: str, settings: Sequence[str]) -> tuple[dict[str, Any], PairwiseConfig]:
+def _check_names(models: Sequence[str]) -> None:
+    for name in models:
+        if name not in NAMES:
+            raise ValueError(f"--model: there are {', '.join(NAMES)}; got {name!r}")
+
+
+def _settings(name: str, settings: Sequence[str]) -> tuple[dict[str, Any], FitConfig]:
     """What the model itself is made with, and how it is trained."""
-    from ..peers import PairwiseConfig
+    from ..peers import PairwiseConfig, SequenceConfig
 
-    if name not in NAMES:
-        raise ValueError(f"--model: there are {', '.join(NAMES)}; got {name!r}")
-    own, given = (dict(fields) for fields in NAMES[name])
-    training = {field.name for field in dataclasses.fields(PairwiseConfig)} - {"seed"}
-    every = {field for fields, _ in NAMES.values() for field in fields}
+    peer = NAMES[name]
+    own, given = dict(peer.own), dict(peer.training)
+    training = {entry.name for entry in dataclasses.fields(PairwiseConfig)} - {"seed"}
+    every = {entry for peer in NAMES.values() for entry in peer.own}
     for entry in settings:
         key, equals, text = entry.partition("=")
         if not equals or key not in training | every:
@@ -108,4 +198,4 @@ def _settings(name: str, settings: Sequence[str]) -> tuple[dict[str, Any], Pairw
             own[key] = value
         elif key in training:
             given[key] = value
-    return own, PairwiseConfig(**given)
+    return own, (SequenceConfig if peer.reads == "order" else PairwiseConfig)(**given)

@@ -29,6 +29,10 @@ class Choices:
     epochs: int | None = None
     settings: tuple[str, ...] = ()
 
+    def config_of_content(self, catalogue: Catalogue) -> RecommenderConfig:
+        """Of the options that say what content is read and how; ``settings`` belong to something else."""
+        return dataclasses.replace(self, settings=(), lora=0, tune_backbone=False, epochs=None).config(catalogue, 0)
+
     def config(self, catalogue: Catalogue, seed: int) -> RecommenderConfig:
         """The config for ``catalogue``; ``ValueError`` or ``TypeError`` names the option that is wrong."""
         from ..recommender.config import RecommenderConfig

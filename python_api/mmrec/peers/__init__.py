@@ -1,7 +1,26 @@
 """Published recommenders to compare with, written from their papers: same splits, same ranking, same metrics."""
 
-from .graph import Graph
+from .graph import Adjacency, Graph, neighbour_graph
+from .multimodal import BM3, FREEDOM
 from .pairwise import BPR, VBPR, LightGCN, Pairwise
-from .training import Fitted, PairwiseConfig, fit_pairwise
+from .sequential import SASRec
+from .training import Fitted, FittedSequence, PairwiseConfig, SequenceConfig, fit_pairwise, fit_sequence
 
-__all__ = ["BPR", "VBPR", "Fitted", "Graph", "LightGCN", "Pairwise", "PairwiseConfig", "fit_pairwise"]
+__all__ = [
+    "BM3",
+    "BPR",
+    "FREEDOM",
+    "VBPR",
+    "Adjacency",
+    "Fitted",
+    "FittedSequence",
+    "Graph",
+    "LightGCN",
+    "Pairwise",
+    "PairwiseConfig",
+    "SASRec",
+    "SequenceConfig",
+    "fit_pairwise",
+    "fit_sequence",
+    "neighbour_graph",
+]

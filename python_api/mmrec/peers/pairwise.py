@@ -4,17 +4,24 @@ arXiv:1205.2618)."""
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from .graph import Graph
+from .graph import Adjacency, Graph
 
-__all__ = ["BPR", "VBPR", "LightGCN", "Pairwise"]
+__all__ = ["BPR", "VBPR", "LightGCN", "Pairwise", "above", "check_features"]
 
 
 class Pairwise(nn.Module, ABC):
-    """A score is the inner product of a user's and an item's vector."""
+    """A score is the inner product of a user's and an item's vector.
+
+    Here the loss is that a chosen item scores above another one, −log σ(difference); models with another loss or with
+    parts that change from epoch to epoch say so.
+    """
 
     @abstractmethod
     def vectors(self) -> tuple[Tensor, Tensor]:
@@ -23,6 +30,20 @@ class Pairwise(nn.Module, ABC):
     @abstractmethod
     def size(self, users: Tensor, items: Tensor) -> Tensor:
         """Sum of the squares of the parameters that the scores of these `users` and `items` read, for weight decay."""
+
+    def loss(self, users: Tensor, chosen: Tensor, others: Tensor, weight_decay: float) -> Tensor:
+        """Of a batch of interactions, int64 `[n]` each; `others` are items that the users did not choose."""
+        decay = self.size(users, torch.cat([chosen, others])) * (weight_decay / 2 / len(users))
+        return above(*self.vectors(), users, chosen, others) + decay
+
+    def begin_epoch(self, random: np.random.Generator) -> None:  # noqa: B027
+        """Called before each epoch."""
+
+
+def above(of_users: Tensor, of_items: Tensor, users: Tensor, chosen: Tensor, others: Tensor) -> Tensor:
+    """Mean of −log σ(score of the chosen item − score of the other one)."""
+    gap = of_items.index_select(0, chosen) - of_items.index_select(0, others)
+    return F.softplus(-(of_users.index_select(0, users) * gap).sum(1)).mean()
 
 
 class BPR(Pairwise):
@@ -62,10 +83,14 @@ class LightGCN(BPR):
         self.graph, self.layers = graph, layers
 
     def vectors(self) -> tuple[Tensor, Tensor]:
+        return self.along(self.graph)
+
+    def along(self, graph: Graph | Adjacency) -> tuple[Tensor, Tensor]:
+        """`vectors` by the edges of `graph`."""
         nodes = torch.cat([self.user, self.item])
         total = nodes
         for _ in range(self.layers):
-            nodes = self.graph.propagate(nodes)
+            nodes = graph.propagate(nodes)
             total = total + nodes
         users, items = (total / (self.layers + 1)).split([self.graph.num_users, self.graph.num_items])
         return users, items
@@ -86,8 +111,7 @@ class VBPR(BPR):
 
     def __init__(self, num_users: int, num_items: int, features: Tensor, *, width: int = 64) -> None:
         super().__init__(num_users, num_items, width=width)
-        if features.shape[:1] != (num_items,) or features.ndim != 2:
-            raise ValueError(f"features must be [{num_items}, F], got {list(features.shape)}")
+        check_features([features], num_items)
         self.register_buffer("features", features.float(), persistent=False)
         self.taste = nn.Parameter(torch.empty(num_users, width))
         self.project = nn.Parameter(torch.empty(features.shape[1], width))
@@ -101,3 +125,12 @@ class VBPR(BPR):
         projected = self.features.index_select(0, items) @ self.project
         tastes = self.taste.index_select(0, users).square().sum()
         return super().size(users, items) + tastes + projected.square().sum()
+
+
+def check_features(features: Sequence[Tensor], num_items: int) -> None:
+    """ValueError unless all are `[num_items, F]`, and there is one."""
+    if not features:
+        raise ValueError("features must have at least one modality")
+    for values in features:
+        if values.shape[:1] != (num_items,) or values.ndim != 2:
+            raise ValueError(f"features must be [{num_items}, F], got {list(values.shape)}")

@@ -1,41 +1,49 @@
-"""Trains pairwise models as the published tables did: Adam, one uniform negative per interaction, early stopping."""
+"""Trains peers as the published tables did: Adam, early stopping on the validation part, the best epoch's weights."""
 
 from __future__ import annotations
 
+import copy
 import math
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Generic, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ..evaluation import Ragged, Split
-from ..evaluation.metrics import per_user
+from ..evaluation.metrics import Metric, per_user
 from ..evaluation.protocols import Seen, Stage
 from ..evaluation.ranking import rank
+from ..recommender.batches import epoch_batches
 from .pairwise import Pairwise
+from .sequential import SASRec
 
-__all__ = ["Fitted", "PairwiseConfig", "fit_pairwise"]
+__all__ = ["Fitted", "FitConfig", "FittedSequence", "PairwiseConfig", "SequenceConfig", "fit_pairwise", "fit_sequence"]
+
+Curves = list[dict[str, float]]
+Progress = Callable[[dict[str, float]], None]
+Best = TypeVar("Best", "Fitted", "FittedSequence")
 
 
 @dataclass(frozen=True)
-class PairwiseConfig:
-    """How a pairwise model is trained.
+class FitConfig:
+    """How a peer is trained.
 
     Attributes:
-        weight_decay: λ of `λ/2 · Σ θ² / batch`, over the parameters that a batch's scores read.
+        weight_decay: see the kind of model.
         learning_rate: of Adam.
-        batch_size: interactions per step.
+        batch_size: interactions, or histories, per step.
         epochs: at most.
         patience: epochs without a better validation value after which training ends.
         metric: that is validated, and decides which epoch's weights are kept.
-        seed: of initial weights, order and negatives.
+        seed: of initial weights, order, dropout and negatives.
     """
 
-    weight_decay: float = 1e-4
+    weight_decay: float = 0.0
     learning_rate: float = 1e-3
     batch_size: int = 2048
     epochs: int = 1000
@@ -51,9 +59,27 @@ class PairwiseConfig:
             raise ValueError(f"weight_decay must be at least 0, got {self.weight_decay}")
 
 
+@dataclass(frozen=True)
+class PairwiseConfig(FitConfig):
+    """Of a `Pairwise` model: one uniform negative per interaction; `weight_decay` is λ of `λ/2 · Σ θ² / batch`, over
+    the parameters that a batch's scores read."""
+
+    weight_decay: float = 1e-4
+
+
+@dataclass(frozen=True)
+class SequenceConfig(FitConfig):
+    """Of a `SASRec`: windows of histories whose every position predicts the next item; `weight_decay` as in AdamW."""
+
+    batch_size: int = 128
+    epochs: int = 200
+    patience: int = 10
+    metric: str = "NDCG@10"
+
+
 @dataclass(frozen=True, eq=False)
 class Fitted:
-    """A trained model's vectors, of the best epoch.
+    """A trained pairwise model's vectors, of the best epoch.
 
     Attributes:
         users: `[U, D]`.
@@ -64,7 +90,7 @@ class Fitted:
 
     users: Tensor
     items: Tensor
-    curves: list[dict[str, float]] = field(default_factory=list)
+    curves: Curves = field(default_factory=list)
     best_epoch: int = 0
 
     def __call__(
@@ -75,9 +101,31 @@ class Fitted:
         return rank(query, self.items, split, stage, k, mask=mask, candidates=candidates)
 
 
+@dataclass(frozen=True, eq=False)
+class FittedSequence:
+    """A trained sequence model, of the best epoch.
+
+    Attributes:
+        model: in eval mode.
+        curves, best_epoch: as in `Fitted`.
+    """
+
+    model: SASRec
+    curves: Curves = field(default_factory=list)
+    best_epoch: int = 0
+
+    @torch.no_grad()
+    def __call__(
+        self, split: Split, stage: Stage, k: int, *, mask: Seen | None = None, candidates: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Ranks, see `mmrec.evaluation.ranking.rank`."""
+        query = self.model.states(split.history(stage).rows(split.users(stage)))
+        return rank(query, self.model.item.detach(), split, stage, k, mask=mask, candidates=candidates)
+
+
 def fit_pairwise(
-    make: Callable[[], Pairwise], split: Split, config: PairwiseConfig | None = None,
-    *, progress: Callable[[dict[str, float]], None] | None = None,
+    make: Callable[[], Pairwise], split: Split, config: PairwiseConfig | None = None, *,
+    progress: Progress | None = None,
 ) -> Fitted:  # fmt: skip
     """Trains on the training part of `split`.
 
@@ -90,75 +138,137 @@ def fit_pairwise(
     Raises:
         ValueError: no interaction to learn from, nobody to validate with, or a user who chose all items.
     """
-    config = config or PairwiseConfig()
-    if not len(split.train.ids):
-        raise ValueError("split has no training interactions")
-    if not len(split.users("valid")):
-        raise ValueError("split has no users to validate with")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
-        model = make()
-    random = np.random.default_rng(config.seed)
-    negatives = _Negatives(split.train, split.num_items)
-    optimizer = torch.optim.Adam(model.parameters(), lr=config.learning_rate)
-    curves: list[dict[str, float]] = []
-    best, best_score = Fitted(*_detached(model)), -math.inf
-    for epoch in range(1, config.epochs + 1):
-        began = time.monotonic()
-        loss = _epoch(model, optimizer, split.train, negatives, config, random)
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss became {loss} in epoch {epoch}; a lower learning_rate may help")
-        now = Fitted(*_detached(model), curves, epoch)
-        score = _valid(now, split, config.metric)
-        curves.append({"epoch": epoch, "loss": loss, "valid": score, "seconds": time.monotonic() - began})
-        if progress is not None:
-            progress(curves[-1])
-        if score > best_score:
-            best, best_score = now, score
-        elif epoch - best.best_epoch >= config.patience:
-            break
-    return best
+    return _PairwiseFit(make, split, config or PairwiseConfig()).run(progress)
 
 
-def _epoch(
-    model: Pairwise, optimizer: torch.optim.Optimizer, train: Ragged, negatives: _Negatives, config: PairwiseConfig,
-    random: np.random.Generator,
-) -> float:  # fmt: skip
-    """Mean loss over one pass through all interactions."""
-    order = random.permutation(len(train.ids))
-    total = 0.0
-    for start in range(0, len(order), config.batch_size):
-        part = order[start : start + config.batch_size]
-        users = train.row_of[part]
-        rows = (users, train.ids[part], negatives.draw(users, random))
-        user, chosen, other = (torch.from_numpy(row.astype(np.int64)) for row in rows)
-        of_users, of_items = model.vectors()
-        query = of_users.index_select(0, user)
-        gap = (query * (of_items.index_select(0, chosen) - of_items.index_select(0, other))).sum(1)
-        decay = model.size(user, torch.cat([chosen, other])) * (config.weight_decay / 2 / len(part))
-        loss = F.softplus(-gap).mean() + decay
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        optimizer.step()
-        total += float(loss.detach()) * len(part)
-    return total / len(order)
+def fit_sequence(
+    make: Callable[[], SASRec], split: Split, config: SequenceConfig | None = None, *,
+    progress: Progress | None = None,
+) -> FittedSequence:  # fmt: skip
+    """The same for a sequence model, whose histories are in the order of time.
+
+    Raises:
+        ValueError: no user with two interactions to learn from, or nobody to validate with.
+    """
+    return _SequenceFit(make, split, config or SequenceConfig()).run(progress)
 
 
-def _detached(model: Pairwise) -> tuple[Tensor, Tensor]:
-    with torch.no_grad():
-        users, items = model.vectors()
-    return users.detach().clone(), items.detach().clone()
+class _Fit(ABC, Generic[Best]):
+    """Epochs until the validation value stops growing."""
+
+    def __init__(self, split: Split, config: FitConfig) -> None:
+        self.split, self.config = split, config
+        self.random = np.random.default_rng(config.seed)
+        if not len(split.train.ids):
+            raise ValueError("split has no training interactions")
+        if not len(split.users("valid")):
+            raise ValueError("split has no users to validate with")
+
+    @abstractmethod
+    def epoch(self, number: int) -> float:
+        """Trains for one epoch, from 1; the mean loss."""
+
+    @abstractmethod
+    def snapshot(self, curves: Curves, number: int) -> Best:
+        """What has been learned so far, which later epochs do not change."""
+
+    def run(self, progress: Progress | None) -> Best:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.config.seed)
+            return self._run(progress)
+
+    def _run(self, progress: Progress | None) -> Best:
+        curves: Curves = []
+        best, best_score = self.snapshot(curves, 0), -math.inf
+        for number in range(1, self.config.epochs + 1):
+            began = time.monotonic()
+            loss = self.epoch(number)
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} in epoch {number}; a lower learning_rate may help")
+            now = self.snapshot(curves, number)
+            score = self._valid(now)
+            curves.append({"epoch": number, "loss": loss, "valid": score, "seconds": time.monotonic() - began})
+            if progress is not None:
+                progress(curves[-1])
+            if score > best_score:
+                best, best_score = now, score
+            elif number - best.best_epoch >= self.config.patience:
+                break
+        return best
+
+    def _valid(self, fitted: Best) -> float:
+        parsed = Metric.parse(self.config.metric)
+        ranked = fitted(self.split, "valid", parsed.depth)
+        return float(per_user(ranked, self.split.relevant("valid"), [parsed])[str(parsed)].mean())
 
 
-def _valid(fitted: Fitted, split: Split, metric: str) -> float:
-    from ..evaluation.metrics import Metric
+class _PairwiseFit(_Fit[Fitted]):
+    def __init__(self, make: Callable[[], Pairwise], split: Split, config: PairwiseConfig) -> None:
+        super().__init__(split, config)
+        self.negatives = Negatives(split.train, split.num_items)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = make()
+        self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
 
-    parsed = Metric.parse(metric)
-    ranked = fitted(split, "valid", parsed.depth)
-    return float(per_user(ranked, split.relevant("valid"), [parsed])[str(parsed)].mean())
+    def epoch(self, number: int) -> float:
+        model, train, config = self.model, self.split.train, self.config
+        model.begin_epoch(self.random)
+        order = self.random.permutation(len(train.ids))
+        total = 0.0
+        for start in range(0, len(order), config.batch_size):
+            part = order[start : start + config.batch_size]
+            users = train.row_of[part]
+            rows = (users, train.ids[part], self.negatives.draw(users, self.random))
+            user, chosen, other = (torch.from_numpy(row.astype(np.int64)) for row in rows)
+            loss = model.loss(user, chosen, other, config.weight_decay)
+            total += _step(self.optimizer, loss) * len(part)
+        return total / len(order)
+
+    def snapshot(self, curves: Curves, number: int) -> Fitted:
+        with torch.no_grad():
+            users, items = self.model.vectors()
+        return Fitted(users.detach().clone(), items.detach().clone(), curves, number)
 
 
-class _Negatives:
+class _SequenceFit(_Fit[FittedSequence]):
+    def __init__(self, make: Callable[[], SASRec], split: Split, config: SequenceConfig) -> None:
+        super().__init__(split, config)
+        if split.train.lengths.max() < 2:
+            raise ValueError("nothing to train on: no user has two interactions in the training part")
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(config.seed)
+            self.model = make()
+        self.optimizer = torch.optim.AdamW(
+            self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
+        )
+
+    def epoch(self, number: int) -> float:
+        config = self.config
+        self.model.train()
+        total, positions = 0.0, 0
+        for batch in epoch_batches(
+            self.split.train, self.model.max_length, config.batch_size, seed=config.seed, epoch=number
+        ):
+            total += _step(self.optimizer, self.model.loss(batch.index, batch.offsets, batch.target)) * len(
+                batch.target
+            )
+            positions += len(batch.target)
+        return total / positions
+
+    def snapshot(self, curves: Curves, number: int) -> FittedSequence:
+        return FittedSequence(copy.deepcopy(self.model).eval(), curves, number)
+
+
+def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:
+    """One step down; the loss before it."""
+    optimizer.zero_grad(set_to_none=True)
+    loss.backward()
+    optimizer.step()
+    return float(loss.detach())
+
+
+class Negatives:
     """Uniform draws from the trained items that a user did not choose."""
 
     def __init__(self, train: Ragged, num_items: int) -> None:

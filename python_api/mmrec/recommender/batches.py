@@ -5,6 +5,7 @@ So a resumed run needs to store no order, only how far it had come.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from ..evaluation.ragged import Ragged
 
-__all__ = ["Batch", "epoch_batches", "num_batches"]
+__all__ = ["Batch", "epoch_batches", "last_windows", "num_batches"]
 
 
 class Batch(NamedTuple):
@@ -46,6 +47,15 @@ def epoch_batches(histories: Ragged, max_length: int, batch_size: int, *, seed: 
     count = -(-len(starts) // batch_size)
     parts = np.array_split(order, count) if count else []
     return [_batch(histories.ids, starts[part], stops[part]) for part in parts]
+
+
+def last_windows(histories: Ragged, max_length: int, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """The last `max_length` items of each history, `batch_size` histories at a time: `index int64 [T]`, `offsets`."""
+    for start in range(0, len(histories), batch_size):
+        part = histories.rows(slice(start, start + batch_size))
+        from_end = part.offsets[1:][part.row_of] - np.arange(len(part.ids))
+        part = part.keep(from_end <= max_length)
+        yield torch.from_numpy(part.ids.astype(np.int64)), torch.from_numpy(part.offsets)
 
 
 def _max_windows(lengths: np.ndarray, max_length: int) -> np.ndarray:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from mmrec_kernels import top_k
 
 from ..evaluation.ragged import Ragged
+from .batches import last_windows
 from .config import RecommenderConfig
 from .inputs import ItemInputs, ItemSpec
 from .item_tower import ItemOutput, ItemTower
@@ -112,11 +113,8 @@ class Recommender(nn.Module):
         self.eval()
         states = [items.vectors.new_empty(0, self.config.width)]
         try:
-            for start in range(0, len(histories), batch_size):
-                part = _last(histories.rows(slice(start, start + batch_size)), self.config.max_length)
-                index = torch.from_numpy(part.ids.astype(np.int64)).to(self.device)
-                offsets = torch.from_numpy(part.offsets).to(self.device)
-                states.append(self.states(items.vectors, index, offsets, last=True))
+            for index, offsets in last_windows(histories, self.config.max_length, batch_size):
+                states.append(self.states(items.vectors, index.to(self.device), offsets.to(self.device), last=True))
         finally:
             self.train(training)
         return torch.cat(states)
@@ -176,8 +174,3 @@ def _check_candidates(candidates: np.ndarray, num_items: int) -> Tensor:
     if len(outside):
         raise ValueError(f"candidates hold item row {int(outside[0])}, outside [0, {num_items})")
     return torch.from_numpy(rows.astype(np.int64))
-
-
-def _last(histories: Ragged, length: int) -> Ragged:
-    from_end = histories.offsets[1:][histories.row_of] - np.arange(len(histories.ids))
-    return histories.keep(from_end <= length)

@@ -16,7 +16,7 @@ __all__ = ["UserTower"]
 
 
 class _Block(nn.Module):
-    def __init__(self, width: int, heads: int, dropout: float) -> None:
+    def __init__(self, width: int, heads: int, dropout: float, gated: bool) -> None:
         super().__init__()
         self.heads = heads
         self.attention_norm = nn.LayerNorm(width)
@@ -27,6 +27,7 @@ class _Block(nn.Module):
             nn.Linear(width, 4 * width), nn.GELU(), nn.Dropout(dropout), nn.Linear(4 * width, width)
         )
         self.dropout = nn.Dropout(dropout)
+        self.gates = nn.ModuleList(nn.Linear(width, width) for _ in range(2)) if gated else None
 
     def forward(self, x: Tensor, offsets: Tensor) -> Tensor:
         query, key, value = self._split(self.qkv(self.attention_norm(x)), 3)
@@ -48,8 +49,11 @@ class _Block(nn.Module):
         return x.view(len(x), parts, self.heads, x.shape[1] // parts // self.heads).unbind(1)
 
     def _feed(self, x: Tensor, heard: Tensor) -> Tensor:
-        x = x + self.dropout(self.out(heard.flatten(1)))
-        return x + self.dropout(self.feed(self.feed_norm(x)))
+        x = x + self._gated(0, x, self.dropout(self.out(heard.flatten(1))))
+        return x + self._gated(1, x, self.dropout(self.feed(self.feed_norm(x))))
+
+    def _gated(self, part: int, x: Tensor, change: Tensor) -> Tensor:
+        return change if self.gates is None else change * self.gates[part](x).sigmoid()
 
 
 class UserTower(nn.Module):
@@ -59,15 +63,19 @@ class UserTower(nn.Module):
         width: d of item vectors and states.
         layers, heads, dropout: of the transformer.
         max_length: longest history, in items; learned positions count from the oldest item read.
+        gated: what a block adds is multiplied by σ of a linear function of what it adds to (LiGR, Borisyuk et al.,
+            2025, arXiv:2502.03417).
     """
 
-    def __init__(self, width: int, *, layers: int, heads: int, max_length: int, dropout: float) -> None:
+    def __init__(
+        self, width: int, *, layers: int, heads: int, max_length: int, dropout: float, gated: bool = False
+    ) -> None:
         super().__init__()
         self.max_length = max_length
         self.position = nn.Parameter(torch.empty(max_length, width).normal_(std=0.05))
         self.input_norm = nn.LayerNorm(width)
         self.input_dropout = nn.Dropout(dropout)
-        self.blocks = nn.ModuleList(_Block(width, heads, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(_Block(width, heads, dropout, gated) for _ in range(layers))
         self.output_norm = nn.LayerNorm(width)
 
     def forward(self, item_vectors: Tensor, index: Tensor, offsets: Tensor, *, last: bool = False) -> Tensor:
