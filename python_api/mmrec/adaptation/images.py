@@ -11,6 +11,8 @@ import numpy as np
 from .errors import CatalogueError
 
 if TYPE_CHECKING:
+    from PIL.Image import Image
+
     from .catalogue import Catalogue
 
 
@@ -31,11 +33,19 @@ def load_image(path: str | Path, size: int | tuple[int, int]) -> np.ndarray:
     Raises:
         CatalogueError: the file is absent or is not a whole image; the message names it.
     """
-    from PIL import Image, ImageOps
+    from PIL import Image
 
     height, width = (size, size) if isinstance(size, int) else size
     if height < 1 or width < 1:
         raise CatalogueError(f"size needs positive pixels, got {size}")
+    resized = open_image(path).resize((width, height), Image.Resampling.BICUBIC)
+    return np.asarray(resized, dtype=np.uint8).copy()
+
+
+def open_image(path: str | Path) -> Image:
+    """The image of a file in RGB and in its own size, read as :func:`load_image` says."""
+    from PIL import Image, ImageOps
+
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", Image.DecompressionBombWarning)
@@ -44,7 +54,7 @@ def load_image(path: str | Path, size: int | tuple[int, int]) -> np.ndarray:
                 if image.mode in ("RGBA", "LA", "PA") or "transparency" in image.info:
                     layer = image.convert("RGBA")
                     image = Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer)
-                image = image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
+                return image.convert("RGB")
     except FileNotFoundError as error:
         raise CatalogueError(f"{path}: no such image") from error
     except (
@@ -56,7 +66,6 @@ def load_image(path: str | Path, size: int | tuple[int, int]) -> np.ndarray:
         Image.DecompressionBombWarning,
     ) as error:
         raise CatalogueError(f"{path}: broken image ({error})") from error
-    return np.asarray(image, dtype=np.uint8).copy()
 
 
 def image_patches(
