@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from mmrec.llm import Backbone, YesNoScorer
+from mmrec.prompting import HardPrompt
 from mmrec.recommender import LLMReranker
 
 PROMPTS = ["red blue green shoe hat", "the star war film of old night and new hat"]
@@ -115,7 +116,9 @@ def test_errors(qwen2, bert, tmp_path, save_byte_tokenizer):
 
 def test_the_reranker_asks_about_titles(qwen2):
     backbone = Backbone.load(qwen2, quantize=None, max_length=64)
-    reranker = LLMReranker(YesNoScorer(backbone, yes=" red", no=" blue"), history=2, intro="a", question="b", ask="c")
+    reranker = LLMReranker(
+        YesNoScorer(backbone, yes=" red", no=" blue"), template=HardPrompt(history=2, intro="a", question="b", ask="c")
+    )
     assert reranker.prompt(["one", "two", 'th"ree\nfour']) == 'a\n- "two"\n- "th\\"ree\\nfour"\nb\n'
     assert reranker.candidate("é") == 'Item: "é"\nc' and reranker.name == str(qwen2)
     found = reranker([["red", "hat"], ["film"]], [["star", "war"], []])
@@ -124,7 +127,8 @@ def test_the_reranker_asks_about_titles(qwen2):
     # The question stays, and the latest titles: the oldest go.
     many = [f"title {n} " + "x" * 300 * (n == 29) for n in range(30)]
     full = LLMReranker(
-        YesNoScorer(Backbone.load(qwen2, quantize=None), yes=" red", no=" blue"), intro="a", question="b"
+        YesNoScorer(Backbone.load(qwen2, quantize=None), yes=" red", no=" blue"),
+        template=HardPrompt(intro="a", question="b"),
     )
     prompt = full.prompt(many[:29])
     tokens = full.scorer.backbone.tokenizer(prompt)["input_ids"]
@@ -135,6 +139,4 @@ def test_the_reranker_asks_about_titles(qwen2):
     )
     assert len(full.candidate(many[29])) < 300 and full.candidate(many[29]).endswith("Answer:")
     with pytest.raises(ValueError, match="do not fit into the 64 tokens"):
-        LLMReranker(reranker.scorer, question="why " * 100)
-    with pytest.raises(ValueError, match="history must be at least 1, got 0"):
-        LLMReranker(reranker.scorer, history=0)
+        LLMReranker(reranker.scorer, template=HardPrompt(question="why " * 100))

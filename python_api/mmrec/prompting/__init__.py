@@ -1,0 +1,6 @@
+"""Prompts for language models that recommend."""
+
+from .hard import BuiltPrompt, Example, HardPrompt, Item
+from .untrusted import broken_up, quoted, special_tokens
+
+__all__ = ["BuiltPrompt", "Example", "HardPrompt", "Item", "broken_up", "quoted", "special_tokens"]
