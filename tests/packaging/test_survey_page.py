@@ -6,6 +6,7 @@ import importlib
 import re
 
 import pytest
+
 from paths import ROOT
 
 PAGE = (ROOT / "docs" / "survey.md").read_text(encoding="utf-8")

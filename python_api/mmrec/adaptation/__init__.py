@@ -4,9 +4,11 @@ from ._planted import Behaviour
 from .catalogue import Catalogue, Features
 from .errors import CatalogueError
 from .generate import generate_catalogue
+from .history import HistoryState, HistorySummary
 from .image_text import Captioner, Describer, MeasuredDescriber, image_texts
 from .images import ImagePatches, image_patches, load_image
 from .interactions import Interactions
+from .knowledge import triple_texts
 from .schema import TableSchema
 from .tables import MultiColumn, TableArrays, TableFit, encode_table
 from .text import TextTemplate, item_texts, mask_title
@@ -19,6 +21,8 @@ __all__ = [
     "CatalogueError",
     "Describer",
     "Features",
+    "HistoryState",
+    "HistorySummary",
     "ImagePatches",
     "Interactions",
     "MeasuredDescriber",
@@ -35,4 +39,5 @@ __all__ = [
     "item_texts",
     "load_image",
     "mask_title",
+    "triple_texts",
 ]
