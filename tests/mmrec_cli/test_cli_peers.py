@@ -21,7 +21,7 @@ def test_peers_are_trained_and_compared(mmrec: Mmrec, generated: Path, tmp_path:
     assert "layers" not in found["training"]["bpr"][0]
     assert found["models"]["bpr"]["Recall@20"]["seeds"] == 2 and "lightgcn, seed 1: epoch" in line.out
     again = tmp_path / "again.json"
-    mmrec("peers", "--data", generated, "--model", "bpr", "--seeds", "0,1", *SHORT, "--json", again).succeeded()
+    mmrec("peers", "--data", generated, "--model", "bpr", "--seeds", "0,1", *SHORT[:4], "--json", again).succeeded()
     assert read_json(again)["models"]["bpr"] == found["models"]["bpr"]
 
 
@@ -47,5 +47,8 @@ def test_peers_that_are_not_there(mmrec: Mmrec, generated: Path) -> None:
     mmrec(*options, "--set", "depth=3").failed(
         "--set needs NAME=VALUE with one of batch_size, content_weight", "'depth=3'"
     )
+    mmrec(*options, "--model", "bpr", "--set", "layers=3").failed("one of batch_size", "for bpr", "'layers=3'")
+    mmrec(*options, "--set", "width=wide").failed("--set width cannot be 'wide'; its default is 64")
+    mmrec(*options, "--set", "epochs=1.5").failed("--set epochs cannot be 1.5; its default is 1000")
     mmrec(*options, "--set", "epochs=0").failed("epochs must be above 0, got 0")
     mmrec(*options, "--seeds", "a").failed("--seeds needs numbers")

@@ -68,9 +68,17 @@ def test_parts_make_the_same_as_all_at_once(tmp_path):
         whole, state = summary.update(None, items), None
         for part in np.split(items, np.sort(random.integers(31, size=4))):
             state = summary.update(state, part.tolist())
-            state = HistoryState.from_dict(json.loads(json.dumps(state.to_dict())))
+            state = HistoryState.from_dict(json.loads(json.dumps(state.to_dict(), allow_nan=False)))
         assert state == whole and summary.text(state) == summary.text(whole)
     assert HistorySummary(catalogue).context != summary.context
+
+
+def test_what_is_forgotten_leaves_the_state():
+    summary = HistorySummary(films(), half_life=2)
+    state = summary.update(None, [1, *[2] * 60])
+    assert "US" not in state.values["country"] and not state.numbers and "genres" not in summary.text(state)
+    json.dumps(state.to_dict(), allow_nan=False)
+    assert state == summary.update(summary.update(None, [1, *[2] * 30]), [2] * 30)
 
 
 def test_what_a_summary_refuses():

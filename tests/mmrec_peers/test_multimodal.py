@@ -9,10 +9,14 @@ from peers_helpers import ITEMS, TRAIN, USERS, communities, normalised, recall
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmrec.evaluation import Ragged, most_popular
+from mmrec.evaluation import Ragged, Split, most_popular
 from mmrec.peers import BM3, FREEDOM, Graph, PairwiseConfig, fit_pairwise, neighbour_graph
 
-FEATURES = [torch.randn(ITEMS, 7), torch.randn(ITEMS, 3)]
+FEATURES = [
+    torch.linspace(-1, 1, ITEMS * 7).sin().view(ITEMS, 7),
+    torch.linspace(-2, 3, ITEMS * 3).cos().view(ITEMS, 3),
+]
+FEATURES[1][3] = 0  # item 3 has nothing of it
 
 
 def dense(adjacency) -> Tensor:
@@ -77,13 +81,16 @@ def test_freedom():
     of_users, of_items = vectors(dense(graph.pruned(0.5, np.random.default_rng(3))))
     wanted = F.softplus(-(of_users[users] * (of_items[chosen] - of_items[others])).sum(1)).mean()
     for linear, values in zip(model.project, FEATURES, strict=True):
-        content = linear(values).double()
-        wanted = wanted + 0.3 * F.softplus(-(of_users[users] * (content[chosen] - content[others])).sum(1)).mean()
+        content, there = linear(values).double(), values.any(1)
+        losses = F.softplus(-(of_users[users] * (content[chosen] - content[others])).sum(1))
+        wanted = wanted + 0.3 * (losses * (there[chosen] & there[others])).mean()
     size = model.user[users].square().sum() + model.item[torch.cat([chosen, others])].square().sum()
     torch.testing.assert_close(model.loss(users, chosen, others, 0.2).double(), wanted + 0.2 / 4 * size.double())
     for wrong, message in (
         ({"kept": 0.0}, r"kept must be in \(0, 1\], got 0.0"),
-        ({"shares": (0.1, 0.2)}, r"shares must be 2 numbers that sum to 1, got \[0.1, 0.2\]"),
+        ({"shares": (0.1, 0.2)}, r"shares must be 2 numbers ≥ 0 that sum to 1, got \[0.1, 0.2\]"),
+        ({"layers": -1}, "layers must be at least 0, got -1"),
+        ({"width": 0}, "width must be at least 1, got 0"),
     ):
         with pytest.raises(ValueError, match=message):
             FREEDOM(graph, FEATURES, **wrong)
@@ -97,14 +104,15 @@ def test_bm3():
     users, chosen = torch.tensor([0, 3, 3]), torch.tensor([1, 3, 0])
     torch.testing.assert_close(model.vectors(), (model.predict(of_users), model.predict(of_items)))
 
-    def apart(a: Tensor, b: Tensor) -> Tensor:
-        return 1 - (F.normalize(a, dim=1) * F.normalize(b.detach(), dim=1)).sum(1).mean()
+    def apart(a: Tensor, b: Tensor, counts: Tensor | float = 1.0) -> Tensor:
+        return ((1 - (F.normalize(a, dim=1) * F.normalize(b.detach(), dim=1)).sum(1)) * counts).mean()
 
     user, item = of_users[users], of_items[chosen]
     wanted = apart(model.predict(user), item) + apart(model.predict(item), user)
     for linear, values in zip(model.project, FEATURES, strict=True):
-        content = linear(values[chosen])
-        wanted = wanted + 0.7 * (apart(model.predict(content), item) + apart(model.predict(content), content))
+        content, there = linear(values[chosen]), values[chosen].any(1)
+        said = model.predict(content)
+        wanted = wanted + 0.7 * (apart(said, item, there) + apart(said, content, there))
     wanted = wanted + 0.2 / 6 * (user.square().sum() + item.square().sum())
     found = model.loss(users, chosen, torch.zeros(3, dtype=torch.long), 0.2)
     torch.testing.assert_close(found, wanted)
@@ -116,6 +124,28 @@ def test_bm3():
         BM3(Graph(TRAIN, ITEMS), [FEATURES[0], torch.randn(4, 3)])
     with pytest.raises(ValueError, match="features must have at least one modality"):
         BM3(Graph(TRAIN, ITEMS), [])
+
+
+def test_graphs_without_edges():
+    graph = Graph(TRAIN, ITEMS)
+    assert not dense(graph.pruned(0.01, np.random.default_rng(0))).any()
+    assert not dense(neighbour_graph([torch.zeros(4, 3)], [1.0], 2)).any()
+    few = dense(neighbour_graph([torch.tensor([[1e-25, 0], [0, 1e25], [0, 0]])], [1.0], 10))
+    torch.testing.assert_close(few, torch.tensor([[0.5, 0.5, 0], [0.5, 0.5, 0], [0, 0, 0]], dtype=torch.float64))
+    with pytest.raises(ValueError, match="features must be finite"):
+        BM3(graph, [torch.full((ITEMS, 2), torch.nan)])
+
+
+def test_bm3_needs_no_negatives_and_draws_nothing_of_others():
+    """A user who chose everything, whom pairwise models refuse; and whatever `progress` draws."""
+    parts = Split(
+        "G", 2, 2, Ragged.from_lists([[0], [0, 1]]), Ragged.from_lists([[1], []]), Ragged.empty(2), origin="t"
+    )
+    make = lambda: BM3(Graph(parts.train, 2), [torch.eye(2)], width=4, dropout=0.5)  # noqa: E731
+    config = PairwiseConfig(epochs=3)
+    fitted = fit_pairwise(make, parts, config)
+    again = fit_pairwise(make, parts, config, progress=lambda row: torch.rand(3))
+    assert torch.equal(fitted.users, again.users) and len(fitted.curves) == 3
 
 
 def test_bm3_drops_some_of_what_it_draws_to():

@@ -31,7 +31,7 @@ def walks(users: int = 200, items: int = 30, length: int = 12) -> Split:
 def test_the_binary_loss(monkeypatch):
     model = small(loss="binary")
     other = torch.tensor([3, 4, 5, 1, 1])
-    monkeypatch.setattr(model, "_drawn", lambda count: other[:count])
+    monkeypatch.setattr(model, "_outside", lambda *window: other)
     states = model.tower(model.item, INDEX, OFFSETS)
     right, wrong = (states * model.item[TARGET]).sum(1), (states * model.item[other]).sum(1)
     wanted = -(right.sigmoid().log() + (1 - wrong.sigmoid()).log()).mean()
@@ -62,6 +62,20 @@ def test_negatives_are_trained_items():
     drawn = small()._drawn(4000)
     counts = torch.bincount(drawn, minlength=6)
     assert counts[2] == 0 and (counts[[0, 1, 3, 4, 5]] > 600).all()
+
+
+def test_binary_negatives_are_outside_their_window():
+    model = small(loss="binary")
+    drawn = torch.stack([model._outside(INDEX, OFFSETS, TARGET) for _ in range(200)])
+    assert set(drawn[:, :3].flatten().tolist()) == {5} and set(drawn[:, 3:].flatten().tolist()) == {1, 3}
+    every = torch.tensor([0, 1, 3, 4, 5])
+    with pytest.raises(ValueError, match="nearly all trained items"):
+        model._outside(every, torch.tensor([0, 5]), every)
+
+
+def test_a_target_that_is_not_trained():
+    with pytest.raises(ValueError, match="item row 2, which is not a trained item"):
+        small().loss(INDEX, OFFSETS, torch.tensor([1, 2, 4, 0, 5]))
 
 
 def test_gates_scale_what_a_block_adds():
@@ -109,6 +123,7 @@ def test_what_cannot_be_trained():
     for changes, message in (
         ({"loss": "bce"}, "loss must be 'binary', 'sampled' or 'softmax', got 'bce'"),
         ({"negatives": 0}, "negatives must be at least 1, got 0"),
+        ({"heads": 3}, "width a multiple of heads, got 2, 3, 8"),
     ):
         with pytest.raises(ValueError, match=message):
             small(**changes)

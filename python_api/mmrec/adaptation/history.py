@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
 __all__ = ["HistoryState", "HistorySummary"]
 
 _VERSION = 1
+_FORGOTTEN = 1e-6  # a value that weighs less is no part of the state, which so does not grow for ever
+_SHOWN = 0.05  # nor is one named that has less than this share
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,8 @@ class HistorySummary:
             self._titles = catalogue.items[schema.title].to_list()
         self.context = {
             "summary": "counts", "version": str(_VERSION), "half_life": str(half_life), "most": str(most),
-            "last": str(last), "columns": ",".join((*self._lists, *self._numbers)),
+            "last": str(last), "columns": json.dumps([schema.title, *self._lists, *self._numbers]),
+            "units": json.dumps(self.units, sort_keys=True),
         }  # fmt: skip
 
     def update(self, state: HistoryState | None, items: Sequence[int]) -> HistoryState:
@@ -93,7 +97,8 @@ class HistorySummary:
                 raise CatalogueError(f"items: there is no row {row}, the catalogue has {self._num_items} items")
             weight = weight * self._fade + 1
             for name, column in self._lists.items():
-                counts = {value: count * self._fade for value, count in values.get(name, {}).items()}
+                faded = ((value, count * self._fade) for value, count in values.get(name, {}).items())
+                counts = {value: count for value, count in faded if count >= _FORGOTTEN}
                 found = column[row]
                 for value in dict.fromkeys([found] if isinstance(found, str) else found or ()):
                     counts[value] = counts.get(value, 0.0) + 1
@@ -105,7 +110,10 @@ class HistorySummary:
                 if value is not None:
                     total, sum_ = total + 1, sum_ + value
                     least, greatest = min(least, value), max(greatest, value)
-                numbers[name] = (total, sum_, least, greatest)
+                if total >= _FORGOTTEN:
+                    numbers[name] = (total, sum_, least, greatest)
+                else:
+                    numbers.pop(name, None)
             title = self._titles[row]
             if title is not None:
                 titles.append(title)
@@ -120,14 +128,19 @@ class HistorySummary:
         lines = [f"{state.items} item{'s' if state.items > 1 else ''} so far."]
         for name, counts in state.values.items():
             top = sorted(counts.items(), key=lambda entry: (-entry[1], entry[0]))[: self.most]
-            shares = [f"{value} ({count / state.weight:.0%})" for value, count in top if count / state.weight >= 0.05]
-            if shares:
-                lines.append(f"{name.replace('_', ' ')}: {', '.join(shares)}.")
+            shares = [(_one_line(value), count / state.weight) for value, count in top]
+            shown = [f"{value} ({share:.0%})" for value, share in shares if share >= _SHOWN]
+            if shown:
+                lines.append(f"{name.replace('_', ' ')}: {', '.join(shown)}.")
         for name, (total, sum_, least, greatest) in state.numbers.items():
-            if total > 0 and least <= greatest:
+            if total / state.weight >= _SHOWN:
                 unit = f" {self.units[name]}" if name in self.units else ""
                 spread = f", {least:.6g} to {greatest:.6g}" if least < greatest else ""
                 lines.append(f"{name.replace('_', ' ')}: about {sum_ / total:.4g}{unit}{spread}.")
         if state.titles:
-            lines.append(f"lately: {'; '.join(state.titles)}.")
+            lines.append(f"lately: {'; '.join(map(_one_line, state.titles))}.")
         return "\n".join(lines)
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())

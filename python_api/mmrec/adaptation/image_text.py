@@ -103,6 +103,8 @@ class Captioner:
         transformers = require("transformers")
         self.processor = transformers.AutoProcessor.from_pretrained(str(model))
         self.model = transformers.AutoModelForImageTextToText.from_pretrained(str(model), use_safetensors=True).eval()
+        if not self.model.config.is_encoder_decoder:
+            self.processor.tokenizer.padding_side = "left"  # where what is written follows
         self.prompt, self.max_new_tokens, self.batch_size = prompt, max_new_tokens, batch_size
         self.context = {
             "describer": "captioner", "version": "1", "model": ModelHash()(self.model),
@@ -124,11 +126,17 @@ class Captioner:
         text = {} if self.prompt is None else {"text": [self.prompt] * len(images), "padding": True}
         inputs = self.processor(images=images, return_tensors="pt", **text)
         with torch.inference_mode():
-            ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False)
-        # Models that only decode give the prompt's tokens back; those with an encoder of their own do not.
+            ids = self.model.generate(**inputs, max_new_tokens=self.max_new_tokens, do_sample=False, num_beams=1)
         before = inputs.get("input_ids")
-        if before is not None and ids.shape[1] >= before.shape[1] and bool((ids[:, : before.shape[1]] == before).all()):
-            ids = ids[:, before.shape[1] :]
+        if before is None:
+            return self._lines(ids)
+        # Some models give the prompt back, as its tokens or, with other special tokens around it, as its words.
+        if ids.shape[1] >= before.shape[1] and bool((ids[:, : before.shape[1]] == before).all()):
+            return self._lines(ids[:, before.shape[1] :])
+        pairs = zip(self._lines(ids), self._lines(before), strict=True)
+        return [line.removeprefix(prompt).lstrip() for line, prompt in pairs]
+
+    def _lines(self, ids: Any) -> list[str]:
         return [" ".join(line.split()) for line in self.processor.batch_decode(ids, skip_special_tokens=True)]
 
 
@@ -171,7 +179,8 @@ class MeasuredDescriber:
         lab = _lab(pixels / 255)
         light = lab[..., 0]
         names, shares = _colour_shares(lab)
-        shown = [f"{name} ({share:.0%})" for name, share in zip(names, shares, strict=True) if share >= 0.1][:3]
+        shown = [f"{name} ({share:.0%})" for name, share in zip(names, shares, strict=True)]
+        shown = [text for text, share in zip(shown, shares, strict=True) if share >= 0.1][:3] or shown[:1]
         facts = [
             _word(width / height, ((0.9, "portrait"), (1.1, "square"), (np.inf, "landscape"))) + " image",
             _word(light.mean(), _LIGHTNESS),
@@ -181,7 +190,7 @@ class MeasuredDescriber:
         steps = np.abs(np.diff(light, axis=0)).mean() + np.abs(np.diff(light, axis=1)).mean()
         rest = [_word(steps, ((3, "smooth"), (10, "some detail"), (np.inf, "much detail")))]
         rest += [place for place in (_brightest(light), _background(lab)) if place]
-        return f"{', '.join(facts)}; mostly {', '.join(shown)}; {', '.join(rest)}." if shown else f"{', '.join(facts)}."
+        return f"{', '.join(facts)}; mostly {', '.join(shown)}; {', '.join(rest)}."
 
 
 def _word(value: float, words: Sequence[tuple[float, str]]) -> str:

@@ -31,6 +31,8 @@ def triple_texts(
     """
     if max_values < 1:
         raise ValueError(f"max_values must be at least 1, got {max_values}")
+    if isinstance(relations, str):
+        raise TypeError(f"relations must be a sequence of names, got one str; write [{relations!r}]")
     wanted = {entity for entity in entities if entity is not None}
     facts: dict[str, dict[tuple[str, bool], dict[str, None]]] = {}
     frequency: dict[str, int] = {}
@@ -44,10 +46,10 @@ def triple_texts(
     if relations is None:
         order = sorted(frequency, key=lambda relation: (-frequency[relation], relation))
     else:
-        order = list(relations)
+        order = list(dict.fromkeys(relations))
 
     def name(node: str) -> str:
-        return (labels or {}).get(node, node.replace("_", " "))
+        return " ".join((labels or {}).get(node, node.replace("_", " ")).split())
 
     texts, mask = [], np.zeros(len(entities), dtype=bool)
     for row, entity in enumerate(entities):

@@ -41,6 +41,8 @@ class _Peer:
     training: Mapping[str, Any] = field(default_factory=dict)
 
 
+_SEQUENCE = {"width": 64, "layers": 2, "heads": 2, "dropout": 0.5, "max_length": 50, "negatives": 512}
+
 # BPR's weight decay was the best of 1e-3, 1e-2 and 1e-1 on the validation part of amazon-baby, protocol G.
 NAMES: Mapping[str, _Peer] = {
     "bpr": _Peer("identities", {"width": 64}, {"weight_decay": 0.1}),
@@ -48,11 +50,15 @@ NAMES: Mapping[str, _Peer] = {
     "vbpr": _Peer("content", {"width": 64}, {"weight_decay": 0.1}),
     "bm3": _Peer("content", {"width": 64, "layers": 1, "dropout": 0.3, "content_weight": 2.0}, {"weight_decay": 0.1}),
     "freedom": _Peer(
-        "content", {"width": 64, "layers": 2, "neighbours": 10, "kept": 0.2, "content_weight": 1e-3},
+        "content",
+        {
+            "width": 64, "layers": 2, "item_layers": 1, "neighbours": 10, "kept": 0.2, "content_weight": 1e-3,
+            "shares": None,
+        },
         {"weight_decay": 0.0},
     ),
-    "sasrec": _Peer("order", {"width": 64, "layers": 2, "heads": 2, "dropout": 0.5, "gated": False, "loss": "binary"}),
-    "esasrec": _Peer("order", {"width": 64, "layers": 2, "heads": 2, "dropout": 0.5, "gated": True, "loss": "softmax"}),
+    "sasrec": _Peer("order", {**_SEQUENCE, "gated": False, "loss": "binary"}),
+    "esasrec": _Peer("order", {**_SEQUENCE, "gated": True, "loss": "softmax"}),
 }  # fmt: skip
 
 
@@ -67,7 +73,9 @@ def peers_command(
     _check_names(models)
     read = load_data(data, protocol, layout=layout, split_seed=split_seed, hold_out=hold_out)
     makers = _Makers(read, choices)
-    chosen = {name: _settings(name, choices.settings) for name in models or makers.possible()}
+    names = list(models) or makers.possible()
+    given = _parsed(choices.settings, names)
+    chosen = {name: _settings(name, given) for name in names}
     say(f"{read.catalogue!r}, protocol {read.split.protocol}: {read.split.origin}")
     metrics = with_metrics(SHOWN)
     results = {name: evaluate_floor(name, read, metrics=metrics) for name in floor_names(None)}
@@ -178,22 +186,49 @@ def _check_names(models: Sequence[str]) -> None:
             raise ValueError(f"--model: there are {', '.join(NAMES)}; got {name!r}")
 
 
-def _settings(name: str, settings: Sequence[str]) -> tuple[dict[str, Any], FitConfig]:
+def _parsed(settings: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
+    """``--set NAME=VALUE`` as values of the type that the defaults have."""
+    from ..peers import PairwiseConfig
+
+    known: dict[str, Any] = {
+        entry.name: entry.default for entry in dataclasses.fields(PairwiseConfig) if entry.name != "seed"
+    }
+    known |= {key: value for name in models for key, value in NAMES[name].own.items()}
+    found: dict[str, Any] = {}
+    for entry in settings:
+        key, equals, text = entry.partition("=")
+        if not equals or key not in known:
+            raise ValueError(
+                f"--set needs NAME=VALUE with one of {', '.join(sorted(known))} for {', '.join(models)}, got {entry!r}"
+            )
+        try:
+            value = json.loads(text)
+        except ValueError:
+            value = text
+        found[key] = _typed(key, value, known[key])
+    return found
+
+
+def _typed(key: str, value: Any, default: Any) -> Any:
+    if default is None:  # shares
+        good = value is None or (isinstance(value, list) and all(isinstance(entry, int | float) for entry in value))
+    elif isinstance(default, float):
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+    else:
+        good = type(value) is type(default)
+    if not good:
+        raise ValueError(f"--set {key} cannot be {value!r}; its default is {json.dumps(default)}")
+    return float(value) if isinstance(default, float) else value
+
+
+def _settings(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], FitConfig]:
     """What the model itself is made with, and how it is trained."""
     from ..peers import PairwiseConfig, SequenceConfig
 
     peer = NAMES[name]
     own, given = dict(peer.own), dict(peer.training)
     training = {entry.name for entry in dataclasses.fields(PairwiseConfig)} - {"seed"}
-    every = {entry for peer in NAMES.values() for entry in peer.own}
-    for entry in settings:
-        key, equals, text = entry.partition("=")
-        if not equals or key not in training | every:
-            raise ValueError(f"--set needs NAME=VALUE with one of {', '.join(sorted(training | every))}, got {entry!r}")
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
+    for key, value in settings.items():
         if key in own:
             own[key] = value
         elif key in training:

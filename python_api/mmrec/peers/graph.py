@@ -56,6 +56,8 @@ class Graph:
         """With a share of the edges, drawn without replacement by D^−½ D^−½, so that those of popular nodes go first
         (Zhou and Shen, 2023, arXiv:2211.06924, eq. 5); weights by the degrees that are left."""
         count = int(len(self._users) * kept)
+        if not count:
+            return self._of(np.empty(0, np.int64))
         degree = self._degrees(np.arange(len(self._users)))
         chance = 1 / np.sqrt(degree[self._users] * degree[self._items])
         return self._of(random.choice(len(chance), count, replace=False, p=chance / chance.sum()))
@@ -72,8 +74,9 @@ class Graph:
 
 
 def neighbour_graph(features: Sequence[Tensor], shares: Sequence[float], neighbours: int) -> Adjacency:
-    """Items and their nearest items by cosine, themselves included, each with weight 1 / `neighbours`, averaged over
-    modalities (Zhou and Shen, 2023, arXiv:2211.06924, eqs. 1 to 4). No similarity of all pairs is ever held.
+    """Items and their nearest items by cosine, each with weight 1 / `neighbours`, averaged over modalities (Zhou and
+    Shen, 2023, arXiv:2211.06924, eqs. 1 to 4). An item is its own nearest, but equal ones of lower rows come first. No
+    similarity of all pairs is ever held.
 
     Args:
         features: `[I, F]` of each modality, zero for an item without content, which has no neighbours and is nobody's.
@@ -83,12 +86,13 @@ def neighbour_graph(features: Sequence[Tensor], shares: Sequence[float], neighbo
     edges: dict[str, list[np.ndarray]] = {"rows": [], "columns": [], "weights": []}
     count = len(features[0])
     for values, share in zip(features, shares, strict=True):
-        there = values.square().sum(1) > 0
-        normed, known = F.normalize(values.float(), dim=1), there.nonzero()[:, 0]
+        known = (values != 0).any(1).nonzero()[:, 0]
+        largest = values.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)  # squares stay in range
+        normed = F.normalize(values.float() / largest, dim=1)
         near = top_k(normed[known], normed[known], min(neighbours, max(len(known), 1))).ids
         edges["rows"].append(known.repeat_interleave(near.shape[1]).numpy())
         edges["columns"].append(known[near].flatten().numpy())
-        edges["weights"].append(np.full(near.numel(), share / neighbours))
+        edges["weights"].append(np.full(near.numel(), share / near.shape[1]))
     rows, columns, weights = (np.concatenate(part) for part in edges.values())
     pair, place = np.unique(rows * count + columns, return_inverse=True)
     return Adjacency(pair // count, pair % count, np.bincount(place, weights=weights, minlength=len(pair)), count)

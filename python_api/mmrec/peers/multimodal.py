@@ -37,11 +37,10 @@ class _OfContent(LightGCN):
     def features(self) -> list[Tensor]:
         return [getattr(self, name) for name in self._names]
 
-    def content(self, items: Tensor) -> list[Tensor]:
-        """`[n, d]` per modality of these `items [n]`."""
-        return [
-            linear(values.index_select(0, items)) for linear, values in zip(self.project, self.features, strict=True)
-        ]
+    def content(self, items: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Per modality of these `items [n]`: `[n, d]`, and bool `[n]`, who has any."""
+        rows = [values.index_select(0, items) for values in self.features]
+        return [(linear(own), (own != 0).any(1)) for linear, own in zip(self.project, rows, strict=True)]
 
 
 class FREEDOM(_OfContent):
@@ -68,8 +67,8 @@ class FREEDOM(_OfContent):
         if not 0 < kept <= 1:
             raise ValueError(f"kept must be in (0, 1], got {kept}")
         shares = [1 / len(features)] * len(features) if shares is None else shares
-        if len(shares) != len(features) or abs(sum(shares) - 1) > 1e-6:
-            raise ValueError(f"shares must be {len(features)} numbers that sum to 1, got {list(shares)}")
+        if len(shares) != len(features) or not (min(shares) >= 0 and abs(sum(shares) - 1) <= 1e-6):
+            raise ValueError(f"shares must be {len(features)} numbers ≥ 0 that sum to 1, got {list(shares)}")
         self.similar = neighbour_graph(features, shares, neighbours)
         self.item_layers, self.kept, self.content_weight = item_layers, kept, content_weight
         self._pruned: Graph | Adjacency = graph
@@ -88,14 +87,15 @@ class FREEDOM(_OfContent):
         of_users, of_items = self.along(self._pruned)
         total = above(of_users, of_items, users, chosen, others)
         query = of_users.index_select(0, users)
-        for mine, other in zip(self.content(chosen), self.content(others), strict=True):
-            total = total + self.content_weight * F.softplus(-(query * (mine - other)).sum(1)).mean()
+        for (mine, has), (other, other_has) in zip(self.content(chosen), self.content(others), strict=True):
+            losses = F.softplus(-(query * (mine - other)).sum(1)) * (has & other_has)
+            total = total + self.content_weight * losses.mean()
         return total + self.size(users, torch.cat([chosen, others])) * (weight_decay / 2 / len(users))
 
 
 class BM3(_OfContent):
     """No negatives: what a user and an item are after one predictor is drawn to what the other is without gradient and
-    with some of it dropped, and so is the item's content to both (Zhou et al., 2023, arXiv:2207.05969).
+    with some of it dropped, and the item's content to the item and to itself (Zhou et al., 2023, arXiv:2207.05969).
 
     Args:
         graph: of the training interactions.
@@ -111,9 +111,13 @@ class BM3(_OfContent):
         content_weight: float = 2.0,
     ) -> None:  # fmt: skip
         super().__init__(graph, features, width=width, layers=layers)
+        if not 0 <= dropout < 1:
+            raise ValueError(f"dropout must be in [0, 1), got {dropout}")
         self.dropout, self.content_weight = dropout, content_weight
         self.predict = nn.Linear(width, width)
         nn.init.xavier_normal_(self.predict.weight)
+
+    negatives = False
 
     def _online(self) -> tuple[Tensor, Tensor]:
         users, items = self.along(self.graph)
@@ -129,9 +133,9 @@ class BM3(_OfContent):
         user_target, item_target = self._target(user), self._target(item)
         said_user, said_item = self.predict(user), self.predict(item)
         total = _apart(said_user, item_target) + _apart(said_item, user_target)
-        for content in self.content(chosen):
+        for content, has in self.content(chosen):
             said = self.predict(content)
-            alike = _apart(said, item_target) + _apart(said, self._target(content))
+            alike = _apart(said, item_target, has) + _apart(said, self._target(content), has)
             total = total + self.content_weight * alike
         return total + (user.square().sum() + item.square().sum()) * (weight_decay / 2 / len(users))
 
@@ -139,6 +143,7 @@ class BM3(_OfContent):
         return F.dropout(online.detach(), self.dropout)
 
 
-def _apart(a: Tensor, b: Tensor) -> Tensor:
-    """Mean of 1 − cosine."""
-    return 1 - F.cosine_similarity(a, b, dim=1).mean()
+def _apart(a: Tensor, b: Tensor, counts: Tensor | None = None) -> Tensor:
+    """Mean of 1 − cosine; 0 for rows that do not count."""
+    apart = 1 - F.cosine_similarity(a, b, dim=1)
+    return (apart if counts is None else apart * counts).mean()

@@ -21,7 +21,12 @@ class Pairwise(nn.Module, ABC):
 
     Here the loss is that a chosen item scores above another one, −log σ(difference); models with another loss or with
     parts that change from epoch to epoch say so.
+
+    Attributes:
+        negatives: whether `loss` reads `others`.
     """
+
+    negatives = True
 
     @abstractmethod
     def vectors(self) -> tuple[Tensor, Tensor]:
@@ -29,7 +34,7 @@ class Pairwise(nn.Module, ABC):
 
     @abstractmethod
     def size(self, users: Tensor, items: Tensor) -> Tensor:
-        """Sum of the squares of the parameters that the scores of these `users` and `items` read, for weight decay."""
+        """Sum of the squares of what the scores of these `users` and `items` are made of, for weight decay."""
 
     def loss(self, users: Tensor, chosen: Tensor, others: Tensor, weight_decay: float) -> Tensor:
         """Of a batch of interactions, int64 `[n]` each; `others` are items that the users did not choose."""
@@ -56,6 +61,8 @@ class BPR(Pairwise):
 
     def __init__(self, num_users: int, num_items: int, *, width: int = 64) -> None:
         super().__init__()
+        if width < 1:
+            raise ValueError(f"width must be at least 1, got {width}")
         self.user = nn.Parameter(torch.empty(num_users, width))
         self.item = nn.Parameter(torch.empty(num_items, width))
         nn.init.xavier_uniform_(self.user)
@@ -80,6 +87,8 @@ class LightGCN(BPR):
 
     def __init__(self, graph: Graph, *, width: int = 64, layers: int = 3) -> None:
         super().__init__(graph.num_users, graph.num_items, width=width)
+        if layers < 0:
+            raise ValueError(f"layers must be at least 0, got {layers}")
         self.graph, self.layers = graph, layers
 
     def vectors(self) -> tuple[Tensor, Tensor]:
@@ -134,3 +143,5 @@ def check_features(features: Sequence[Tensor], num_items: int) -> None:
     for values in features:
         if values.shape[:1] != (num_items,) or values.ndim != 2:
             raise ValueError(f"features must be [{num_items}, F], got {list(values.shape)}")
+        if not bool(values.isfinite().all()):
+            raise ValueError("features must be finite, got NaN or infinity")

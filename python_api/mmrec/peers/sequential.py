@@ -18,16 +18,17 @@ from ..recommender.user_tower import UserTower
 __all__ = ["SASRec"]
 
 Loss = Literal["binary", "sampled", "softmax"]
+_DRAWS = 1000
 
 
 class SASRec(nn.Module):
     """A causal transformer over embeddings of items, whose states are multiplied by the same embeddings (Kang and
     McAuley, 2018, arXiv:1808.09781).
 
-    Losses: "binary", the paper's: the next item against one uniform negative, each by its own sigmoid; "sampled",
-    softmax over the next item and `negatives` uniform ones that a step's positions share, those that are a position's
-    own next item left out; "softmax" over all trained items. With `gated` blocks and "sampled" or "softmax" it is
-    eSASRec (Tikhonovich et al., 2025, arXiv:2508.06450).
+    Losses: "binary", the paper's: the next item against one item outside the window, each by its own sigmoid;
+    "sampled", softmax over the next item and `negatives` uniform ones that a step's positions share, those that are a
+    position's own next item left out; "softmax" over all trained items. With `gated` blocks and "sampled" or "softmax"
+    it is eSASRec (Tikhonovich et al., 2025, arXiv:2508.06450).
 
     Args:
         trained: bool `[I]`, items that training interacts with: only these are negatives.
@@ -38,6 +39,7 @@ class SASRec(nn.Module):
     """
 
     known: Tensor
+    place: Tensor
 
     def __init__(
         self, trained: np.ndarray, *, width: int = 64, layers: int = 2, heads: int = 2, dropout: float = 0.5,
@@ -49,7 +51,15 @@ class SASRec(nn.Module):
         if negatives < 1:
             raise ValueError(f"negatives must be at least 1, got {negatives}")
         self.loss_name, self.negatives, self.max_length = loss, negatives, max_length
+        if layers < 1 or heads < 1 or width < 1 or width % heads:
+            raise ValueError(
+                "layers, heads and width must be at least 1, and width a multiple of heads, "
+                f"got {layers}, {heads}, {width}"
+            )
         self.register_buffer("known", torch.from_numpy(np.flatnonzero(trained)), persistent=False)
+        place = torch.full((len(trained),), -1)
+        place[self.known] = torch.arange(len(self.known))
+        self.register_buffer("place", place, persistent=False)
         self.item = nn.Parameter(torch.empty(len(trained), width).normal_(std=width**-0.5))
         self.tower = UserTower(width, layers=layers, heads=heads, max_length=max_length, dropout=dropout, gated=gated)
 
@@ -57,26 +67,39 @@ class SASRec(nn.Module):
         """Of windows of histories end to end: items `index [T]`, `offsets [B + 1]`, and the items `target [T]` that
         follow."""
         states = self.tower(self.item, index, offsets)
+        strange = target[self.place[target] < 0]
+        if len(strange):
+            raise ValueError(f"target holds item row {int(strange[0])}, which is not a trained item")
         if self.loss_name == "binary":
-            other = self._drawn(len(target))
+            other = self._outside(index, offsets, target)
             right, wrong = ((states * self.item.index_select(0, rows)).sum(1) for rows in (target, other))
             return (F.softplus(-right) + F.softplus(wrong)).mean()
         if self.loss_name == "sampled":
-            ids = torch.cat([target, self._drawn(self.negatives)])
-            rows = torch.arange(len(target))
+            drawn = self._drawn(self.negatives)
             own = (states * self.item.index_select(0, target)).sum(1, keepdim=True)
-            others = states @ self.item.index_select(0, ids[len(target) :]).T
-            others = others.masked_fill(ids[len(target) :] == target[:, None], -torch.inf)
-            return F.cross_entropy(torch.cat([own, others], 1), torch.zeros_like(rows))
-        place = torch.full((len(self.item),), -1)
-        place[self.known] = torch.arange(len(self.known))
-        return info_nce(states, self.item.index_select(0, self.known), symmetric=False, target=place[target])
+            others = states @ self.item.index_select(0, drawn).T
+            others = others.masked_fill(drawn == target[:, None], -torch.inf)
+            return F.cross_entropy(torch.cat([own, others], 1), torch.zeros_like(target))
+        known = self.item.index_select(0, self.known)
+        return info_nce(states, known, symmetric=False, target=self.place[target])
 
     def states(self, histories: Ragged, *, batch_size: int = 512) -> Tensor:
         """`[B, d]` after each history's last item; none may be empty. Only the last `max_length` items are read."""
         windows = last_windows(histories, self.max_length, batch_size)
         found = [self.tower(self.item, index, offsets, last=True) for index, offsets in windows]
         return torch.cat([self.item.new_empty(0, self.item.shape[1]), *found])
+
+    def _outside(self, index: Tensor, offsets: Tensor, target: Tensor) -> Tensor:
+        """For each position a trained item that its window does not have."""
+        window = torch.arange(len(offsets) - 1).repeat_interleave(offsets.diff()) * len(self.item)
+        taken = torch.cat([window + index, window + target])
+        found = self._drawn(len(target))
+        for _ in range(_DRAWS):
+            wrong = torch.isin(window + found, taken).nonzero()[:, 0]
+            if not len(wrong):
+                return found
+            found[wrong] = self._drawn(len(wrong))
+        raise ValueError("a history has nearly all trained items: there is no negative for it")
 
     def _drawn(self, count: int) -> Tensor:
         return self.known[torch.randint(len(self.known), (count,))]

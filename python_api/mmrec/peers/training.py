@@ -174,7 +174,7 @@ class _Fit(ABC, Generic[Best]):
 
     def run(self, progress: Progress | None) -> Best:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(self.config.seed)
+            torch.manual_seed(self.config.seed + 1)  # another stream than that of the initial weights
             return self._run(progress)
 
     def _run(self, progress: Progress | None) -> Best:
@@ -189,7 +189,8 @@ class _Fit(ABC, Generic[Best]):
             score = self._valid(now)
             curves.append({"epoch": number, "loss": loss, "valid": score, "seconds": time.monotonic() - began})
             if progress is not None:
-                progress(curves[-1])
+                with torch.random.fork_rng(devices=[]):  # whatever it draws
+                    progress(curves[-1])
             if score > best_score:
                 best, best_score = now, score
             elif number - best.best_epoch >= self.config.patience:
@@ -205,10 +206,8 @@ class _Fit(ABC, Generic[Best]):
 class _PairwiseFit(_Fit[Fitted]):
     def __init__(self, make: Callable[[], Pairwise], split: Split, config: PairwiseConfig) -> None:
         super().__init__(split, config)
-        self.negatives = Negatives(split.train, split.num_items)
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = make()
+        self.model = _made(make, config.seed)
+        self.negatives = Negatives(split.train, split.num_items) if self.model.negatives else None
         self.optimizer = torch.optim.Adam(self.model.parameters(), lr=config.learning_rate)
 
     def epoch(self, number: int) -> float:
@@ -219,7 +218,8 @@ class _PairwiseFit(_Fit[Fitted]):
         for start in range(0, len(order), config.batch_size):
             part = order[start : start + config.batch_size]
             users = train.row_of[part]
-            rows = (users, train.ids[part], self.negatives.draw(users, self.random))
+            others = users if self.negatives is None else self.negatives.draw(users, self.random)  # which nobody reads
+            rows = (users, train.ids[part], others)
             user, chosen, other = (torch.from_numpy(row.astype(np.int64)) for row in rows)
             loss = model.loss(user, chosen, other, config.weight_decay)
             total += _step(self.optimizer, loss) * len(part)
@@ -236,9 +236,7 @@ class _SequenceFit(_Fit[FittedSequence]):
         super().__init__(split, config)
         if split.train.lengths.max() < 2:
             raise ValueError("nothing to train on: no user has two interactions in the training part")
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(config.seed)
-            self.model = make()
+        self.model = _made(make, config.seed)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
         )
@@ -258,6 +256,16 @@ class _SequenceFit(_Fit[FittedSequence]):
 
     def snapshot(self, curves: Curves, number: int) -> FittedSequence:
         return FittedSequence(copy.deepcopy(self.model).eval(), curves, number)
+
+
+Model = TypeVar("Model", bound=torch.nn.Module)
+
+
+def _made(make: Callable[[], Model], seed: int) -> Model:
+    """The model with the initial weights of `seed`."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return make()
 
 
 def _step(optimizer: torch.optim.Optimizer, loss: Tensor) -> float:

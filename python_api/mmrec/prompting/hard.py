@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, TypeAlias
@@ -12,11 +13,12 @@ from .untrusted import broken_up, on_one_line, quoted, shortened
 
 __all__ = ["BuiltPrompt", "Example", "HardPrompt", "Item"]
 
-Item: TypeAlias = "str | Mapping[str, str]"
-"""An item as the model reads it: its title, or its columns by name."""
+Item: TypeAlias = "str | Mapping[str, Any]"
+"""An item as the model reads it: its title, or its columns by name: text, numbers, lists of them; None is left out."""
 
 _VERSION = 1
 _PARTS = ("examples", "history", "context")
+_PLAIN_NAME = re.compile(r"[\w][\w .-]{0,63}")
 
 
 class Example(NamedTuple):
@@ -72,6 +74,9 @@ class HardPrompt:
             raise ValueError(f"history must be at least 1, got {self.history}")
         if self.value_chars < 2:
             raise ValueError(f"value_chars must be at least 2, got {self.value_chars}")
+        for name in ("columns", "give_up"):
+            if isinstance(getattr(self, name), str):
+                raise TypeError(f"{name} must be a tuple of names, got {getattr(self, name)!r}")
         if set(self.give_up) - set(_PARTS) or len(set(self.give_up)) != len(self.give_up):
             raise ValueError(f"give_up must be distinct parts of {_PARTS}, got {self.give_up}")
 
@@ -99,17 +104,39 @@ class HardPrompt:
         """
         if budget is not None and count is None:
             raise ValueError("budget needs count, which counts tokens")
+        for name, entries in (("history", history), ("context", context)):
+            if isinstance(entries, str):
+                raise TypeError(f"{name} must be a sequence of items, got one str; write [item]")
         given: dict[str, list[Any]] = {
             "examples": list(examples), "history": list(history)[-self.history :], "context": list(context),
         }  # fmt: skip
-        kept = {part: list(entries) for part, entries in given.items()}
-        while True:
-            text = self._render(kept, special)
-            tokens = None if count is None else count([text])[0]
-            if budget is None or count is None or tokens is None or tokens <= budget:
-                sizes = {part: len(entries) for part, entries in kept.items()}
-                return BuiltPrompt(text, tokens, sizes, {part: len(given[part]) - size for part, size in sizes.items()})
-            self._leave_out(kept, tokens - budget, count, special)
+        sizes = {part: len(entries) for part, entries in given.items()}
+
+        def written() -> str:
+            history = given["history"][len(given["history"]) - sizes["history"] :]
+            kept = {part: given[part][: sizes[part]] for part in ("examples", "context")}
+            return self._render({**kept, "history": history}, special)
+
+        if budget is not None and count is not None:
+            for part in self.give_up:
+                if count([written()])[0] <= budget:
+                    break
+                # The most entries that fit: fewer than there are, perhaps none.
+                fits, too_many = 0, sizes[part]
+                while too_many - fits > 1:
+                    sizes[part] = (fits + too_many) // 2
+                    if count([written()])[0] <= budget:
+                        fits = sizes[part]
+                    else:
+                        too_many = sizes[part]
+                sizes[part] = fits
+        text = written()
+        tokens = None if count is None else count([text])[0]
+        if budget is not None and tokens is not None and tokens > budget:
+            raise ValueError(
+                f"the prompt is {tokens - budget} tokens too long, and nothing of {self.give_up} is left to leave out"
+            )
+        return BuiltPrompt(text, tokens, dict(sizes), {part: len(given[part]) - size for part, size in sizes.items()})
 
     def candidate(self, item: Item, *, special: Sequence[str] = ()) -> str:
         """What the model reads for an item, behind the prompt."""
@@ -135,28 +162,6 @@ class HardPrompt:
             "required": ["task", "history", "question"], "additionalProperties": False,
         }  # fmt: skip
 
-    def _leave_out(
-        self, kept: dict[str, list[Any]], excess: int, count: Callable[[Sequence[str]], Sequence[int]],
-        special: Sequence[str],
-    ) -> None:  # fmt: skip
-        """About as many entries as have `excess` tokens, at least one; ValueError where there is none."""
-        for part in self.give_up:
-            entries = kept[part]
-            if not entries:
-                continue
-            place = 0 if part == "history" else -1
-            costs = list(count([self._written(part, entry, special) for entry in entries]))
-            while entries and excess > 0:
-                excess -= max(costs.pop(place), 1)
-                del entries[place]
-            return
-        raise ValueError(f"the prompt is {excess} tokens too long, and nothing of {self.give_up} is left to leave out")
-
-    def _written(self, part: str, entry: Any, special: Sequence[str]) -> str:
-        if self.format == "json":
-            return on_one_line(self._shot(entry, special) if part == "examples" else self._facts(entry, special))
-        return self._shown(entry, special) if part == "examples" else f"- {self._line(entry, special)}\n"
-
     def _render(self, kept: Mapping[str, list[Any]], special: Sequence[str]) -> str:
         if self.format == "json":
             content: dict[str, Any] = {"task": self.intro}
@@ -178,23 +183,28 @@ class HardPrompt:
     def _shown(self, example: Example, special: Sequence[str]) -> str:
         """A shot in text: what would be asked, and its answer."""
         asked = self._asked(list(example.history)[-self.history :], (), special)
-        return f"{asked}{self.candidate(example.item, special=special)} {example.answer}\n\n"
+        return f"{asked}{self.candidate(example.item, special=special)} {_plain(example.answer, special)}\n\n"
 
     def _shot(self, example: Example, special: Sequence[str]) -> dict[str, Any]:
         history = [self._facts(item, special) for item in list(example.history)[-self.history :]]
-        return {"history": history, "item": self._facts(example.item, special), "answer": example.answer}
+        return {
+            "history": history,
+            "item": self._facts(example.item, special),
+            "answer": _plain(example.answer, special),
+        }
 
-    def _columns(self, item: Mapping[str, str]) -> list[tuple[str, str]]:
+    def _columns(self, item: Mapping[str, Any]) -> list[tuple[str, str]]:
         names = item if self.columns is None else [name for name in self.columns if name in item]
-        return [(name, item[name]) for name in names]
+        return [(name, _value(item[name])) for name in names if item[name] is not None]
 
     def _line(self, item: Item, special: Sequence[str]) -> str:
         if isinstance(item, str):
             return quoted(item, limit=self.value_chars, special=special)
-        return "; ".join(
-            f"{broken_up(' '.join(name.split()), special)}: {quoted(value, limit=self.value_chars, special=special)}"
-            for name, value in self._columns(item)
-        )
+        pieces = []
+        for name, value in self._columns(item):
+            shown = broken_up(name, special) if _PLAIN_NAME.fullmatch(name) else quoted(name, limit=64, special=special)
+            pieces.append(f"{shown}: {quoted(value, limit=self.value_chars, special=special)}")
+        return "; ".join(pieces)
 
     def _facts(self, item: Item, special: Sequence[str]) -> Any:
         if isinstance(item, str):
@@ -203,3 +213,19 @@ class HardPrompt:
 
     def _cut(self, text: str, special: Sequence[str]) -> str:
         return broken_up(shortened(text, self.value_chars), special)
+
+
+def _value(value: Any) -> str:
+    """A column's value as text."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, float):
+        return f"{value:.6g}"
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_value, value))
+    return str(value)
+
+
+def _plain(answer: str, special: Sequence[str]) -> str:
+    """An answer, which stands unquoted: on its line, and no token with a meaning."""
+    return broken_up(" ".join(answer.split()), special)

@@ -26,25 +26,30 @@ def shortened(text: str, limit: int) -> str:
 
 
 def on_one_line(content: Any) -> str:
-    """JSON without anything that a model may read as the end of a line; some separators JSON leaves as they are."""
+    """JSON without anything that a model may read as the end of a line, or that no tokenizer takes: JSON leaves some
+    separators, and halves of surrogate pairs, as they are."""
     written = json.dumps(content, ensure_ascii=False)
-    return "".join(f"\\u{ord(c):04x}" if c in "\x7f\x85\u2028\u2029" else c for c in written)
+    return "".join(
+        f"\\u{ord(c):04x}" if c in "\x7f\x85\u2028\u2029" or "\ud800" <= c <= "\udfff" else c for c in written
+    )
 
 
 def broken_up(text: str, special: Sequence[str]) -> str:
-    """`text` in which no token of `special` is whole: each has a blank behind its first character, as in "< |end|>".
+    """`text` in which no token of `special` is whole: each has a blank behind its first visible character, as in
+    "< |end|>". Tokens of one visible character stay.
 
     Args:
         text: of an item.
         special: tokens with a meaning of their own, such as a tokenizer's `all_special_tokens`.
     """
-    tokens = [token for token in special if len(token) > 1 and token.strip()]
+    tokens = [token for token in special if len(token.strip()) > 1]
     while True:
         found = [token for token in tokens if token in text]
         if not found:
             return text
         for token in found:
-            text = text.replace(token, f"{token[0]} {token[1:]}")
+            place = len(token) - len(token.lstrip()) + 1
+            text = text.replace(token, f"{token[:place]} {token[place:]}")
 
 
 def special_tokens(tokenizer: Any) -> list[str]:

@@ -46,7 +46,13 @@ class LLMReranker:
 
     def candidate(self, title: str) -> str:
         """What it reads for each candidate, behind the prompt."""
-        return self.template.candidate(title, special=self._special)
+        text = self.template.candidate(title, special=self._special)
+        while (
+            title and self._count([text])[0] > self.scorer.backbone.max_length
+        ):  # what asks for the answer has to stay
+            title = title[: len(title) // 2]
+            text = self.template.candidate(title, special=self._special)
+        return text
 
     def __call__(self, histories: Sequence[Sequence[str]], candidates: Sequence[Sequence[str]]) -> list[list[float]]:
         """Scores of each history's candidates, see `Reranker`."""
