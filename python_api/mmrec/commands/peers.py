@@ -43,8 +43,8 @@ class _Peer:
 
 _SEQUENCE = {"width": 64, "layers": 2, "heads": 2, "dropout": 0.5, "max_length": 50, "negatives": 512}
 
-# Weight decays were chosen on validation parts, protocol G: BPR's as the best of 1e-3, 1e-2 and 1e-1 on amazon-baby, BM3's as
-# the best of 0, 1e-3 and 1e-2 on amazon-scientific. VBPR has BPR's.
+# Weight decays were chosen on validation parts, protocol G: BPR's as the best of 1e-3, 1e-2 and 1e-1 on amazon-baby,
+# BM3's as the best of 0, 1e-3 and 1e-2 on amazon-scientific. VBPR has BPR's.
 NAMES: Mapping[str, _Peer] = {
     "bpr": _Peer("identities", {"width": 64}, {"weight_decay": 0.1}),
     "lightgcn": _Peer("identities", {"width": 64, "layers": 3}),
