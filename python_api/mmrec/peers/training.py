@@ -218,7 +218,8 @@ class _PairwiseFit(_Fit[Fitted]):
         for start in range(0, len(order), config.batch_size):
             part = order[start : start + config.batch_size]
             users = train.row_of[part]
-            others = users if self.negatives is None else self.negatives.draw(users, self.random)  # which nobody reads
+            # Where the loss reads no negatives, any rows do.
+            others = train.ids[part] if self.negatives is None else self.negatives.draw(users, self.random)
             rows = (users, train.ids[part], others)
             user, chosen, other = (torch.from_numpy(row.astype(np.int64)) for row in rows)
             loss = model.loss(user, chosen, other, config.weight_decay)
@@ -248,9 +249,8 @@ class _SequenceFit(_Fit[FittedSequence]):
         for batch in epoch_batches(
             self.split.train, self.model.max_length, config.batch_size, seed=config.seed, epoch=number
         ):
-            total += _step(self.optimizer, self.model.loss(batch.index, batch.offsets, batch.target)) * len(
-                batch.target
-            )
+            loss = self.model.loss(batch.index, batch.offsets, batch.target)
+            total += _step(self.optimizer, loss) * len(batch.target)
             positions += len(batch.target)
         return total / positions
 
