@@ -1,6 +1,7 @@
 """MRS-specific layer: disentangle, align, fuse. Needs torch, numpy and mmrec_kernels only."""
 
-from .align import ClipLoss, ModalityAlignment, MultipleNegativesRankingLoss
+from .align import ModalityAlignment
+from .drop_ins import ClipLoss, MultipleNegativesRankingLoss
 from .fuse import Attended, AttentionPooler, CrossModalAttention, Fused, LatentPooler, Pooled
 from .moe import ModalityMoE
 from .table import TableEncoder, TableInputs
