@@ -127,6 +127,23 @@ def test_late_weighs_vectors_not_tokens() -> None:
     assert (early(doubled).mass[0] != early(given).mass[0]).all()
 
 
+@pytest.mark.parametrize(("when", "layers"), KINDS)
+def test_coarse_is_fine_on_the_mean_of_each_modality(when: str, layers: int) -> None:
+    model, given = fusion(when, layers), tokens()
+    means = {}
+    for name, part in given.items():
+        rows = [part.values[a:b].mean(0) for a, b in zip(part.offsets, part.offsets[1:], strict=False) if a < b]
+        means[name] = ragged([min(length, 1) for length in LENGTHS[name]])._replace(values=torch.stack(rows))
+    expected = model(means)
+    model.level = "coarse"
+    found = model(given)
+    torch.testing.assert_close(found.values, expected.values)
+    torch.testing.assert_close(found.mass, expected.mass)
+    assert ModalityFusion(NAMES, WIDTH, level="coarse").level == "coarse" and fusion("early").level == "fine"
+    with pytest.raises(ValueError, match=r"level must be one of \('fine', 'coarse'\), got 'medium'"):
+        ModalityFusion(NAMES, WIDTH, level="medium")
+
+
 def test_what_pools() -> None:
     assert isinstance(fusion("early").pool, AttentionPooler) and isinstance(fusion("early", 2).pool, LatentPooler)
     late = fusion("late", 2)

@@ -255,3 +255,60 @@ def test_identity_is_added_past_the_attention_where_it_is_known():
     known = torch.from_numpy(TRAINED).unsqueeze(1)
     identity = torch.where(known, model.item_tower.identity, 0)
     torch.testing.assert_close(vectors, fused[0] * model.item_tower.gain * 0.05 + identity)
+
+
+DISENTANGLE = ["contrast", "attention", "prototypes", "vae"]
+
+
+@pytest.mark.parametrize("kind", DISENTANGLE)
+def test_a_disentanglers_vector_is_added_behind_a_gate(kind: str) -> None:
+    model = model_of(config(disentangle=kind))
+    tower = model.item_tower
+    assert tower.disentangle is not None
+    opened = encode(model)
+    fresh = Recommender(config(disentangle=kind), inputs().spec, TRAINED)
+    assert fresh.item_tower.disentangle_gate == 0
+    with torch.no_grad():
+        tower.disentangle_gate.zero_()
+    closed = encode(model)
+    plain = model_of(config())
+    plain.item_tower.load_state_dict(tower.state_dict(), strict=False)
+    torch.testing.assert_close(closed.vectors, encode(plain).vectors)
+    with torch.no_grad():
+        tower.disentangle_gate.fill_(0.4)
+    opened = encode(model)
+    parts = tower.disentangle(encode(plain).pooled, closed.present)
+    added = torch.tanh(torch.tensor(0.4)) * parts.vector * tower.gain * 0.05
+    torch.testing.assert_close(opened.vectors - closed.vectors, added)
+    assert added[KNOWN].any(1).all() and not added[NOTHING].any()
+    for name, aligned in parts.aligned.items():
+        torch.testing.assert_close(opened.pooled[name], aligned)
+    assert opened.parts is not None and set(opened.parts.losses) == set(parts.losses) and encode(plain).parts is None
+
+
+@pytest.mark.parametrize("kind", DISENTANGLE)
+def test_a_cold_items_identity_is_not_read_by_a_disentangler_either(kind: str) -> None:
+    model = model_of(config(disentangle=kind))
+    before = encode(model)
+    assert model.item_tower.identity is not None
+    with torch.no_grad():
+        model.item_tower.identity[[COLD, NOTHING]] += 3.0
+    assert torch.equal(encode(model).vectors, before.vectors)
+    alone = model_of(config("identity", disentangle=kind))
+    assert encode(alone).parts is None, "there is nothing to take apart"
+
+
+@pytest.mark.parametrize("kind", DISENTANGLE)
+def test_what_a_training_step_hides_is_hidden_from_the_disentangler(kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = model_of(config(disentangle=kind, modality_dropout=0.99)).train()
+    seen = {}
+    tower = model.item_tower
+    assert tower.disentangle is not None
+    forward = tower.disentangle.forward
+    monkeypatch.setattr(tower.disentangle, "forward", lambda v, p: (seen.update(p), forward(v, p))[1])
+    torch.manual_seed(0)
+    output = encode(model)
+    hidden = output.mass == 0
+    for m, name in enumerate(ALL):
+        assert torch.equal(seen[name], ~hidden[:, m]), name
+    assert any((output.present[name] & ~seen[name]).any() for name in CONTENT)

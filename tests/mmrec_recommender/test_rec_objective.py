@@ -25,7 +25,7 @@ from rec_helpers import (
 from torch import Tensor
 from torch.nn import functional as F
 
-from mmrec.fusion import ModalityMoE
+from mmrec.fusion import ModalityMoE, alignment
 from mmrec.recommender import Batch, Objective, Recommender
 
 EXTRA = torch.tensor([3, 0, 11, 0])
@@ -167,6 +167,42 @@ def test_auto_takes_all_items_up_to_the_limit() -> None:
     assert not full(negatives="auto", full_softmax_items=len(KNOWN) - 1)
     assert full(negatives="all", full_softmax_items=1)
     assert not full(negatives="batch", full_softmax_items=100)
+
+
+@pytest.mark.parametrize("kind", ["contrast", "attention", "prototypes", "vae"])
+def test_what_disentangles_is_part_of_the_total_and_says_what_is_aligned(kind: str) -> None:
+    settings = config(negatives="all", disentangle=kind, disentangle_weight=0.7, align_weight=0.3, align_items=100)
+    model = model_of(settings)
+    objective = objective_of(model)
+    losses = objective(model, known_inputs(), batch())
+    torch.testing.assert_close(
+        losses.total, losses.item + 0.3 * losses.alignment + 0.7 * losses.disentangle + losses.router
+    )
+    output = model.encode(known_inputs(), torch.from_numpy(KNOWN))
+    assert output.parts is not None
+    torch.testing.assert_close(losses.disentangle, torch.stack(list(output.parts.losses.values())).sum().detach())
+    assert objective.alignment is not None and losses.disentangle > 0
+    torch.testing.assert_close(losses.alignment, objective.alignment(output.pooled, output.present).detach())
+    losses.total.backward()
+    assert model.item_tower.disentangle is not None
+    unused = [
+        name
+        for name, parameter in model.item_tower.disentangle.named_parameters()
+        if parameter.grad is None or not parameter.grad.any()
+    ]
+    assert not unused
+
+
+@pytest.mark.parametrize("kind", ["infonce", "adapters", "projection", "bootstrap", "vae"])
+def test_alignment_is_of_the_kind_that_the_config_says(kind: str) -> None:
+    model = model_of(config(negatives="all", align=kind, align_items=100))
+    objective = objective_of(model).eval()  # no dropout of targets, nothing drawn
+    output = model.encode(known_inputs(), torch.from_numpy(KNOWN))
+    expected = alignment(kind, ALL, 8).double().eval()
+    assert objective.alignment is not None
+    expected.load_state_dict(objective.alignment.state_dict())
+    found = objective(model, known_inputs(), batch()).alignment
+    torch.testing.assert_close(found, expected(output.pooled, output.present).detach())
 
 
 @pytest.mark.parametrize("negatives", ["all", "batch"])

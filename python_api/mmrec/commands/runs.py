@@ -133,7 +133,7 @@ class TrainedRun:
             raise ValueError(f"{self.folder / CURVES} cannot be read ({error})") from error
         charts = {
             "training loss": ("loss",),
-            "auxiliary losses": ("alignment", "router"),
+            "auxiliary losses": ("alignment", "disentangle", "router"),
             "validation NDCG@10": ("valid",),
         }
         drawn = {

@@ -1,6 +1,24 @@
 """MRS-specific layer: disentangle, align, fuse. Needs torch, numpy and mmrec_kernels only."""
 
-from .align import ModalityAlignment
+from .align import (
+    ALIGNMENTS,
+    Adapter,
+    BootstrapAlignment,
+    GaussianAlignment,
+    ModalityAlignment,
+    ProjectionAlignment,
+    alignment,
+)
+from .disentangle import (
+    DISENTANGLERS,
+    Disentangled,
+    FactorAttention,
+    GaussianExperts,
+    PrototypeExperts,
+    SharedPrivate,
+    disentangler,
+    distance_correlation,
+)
 from .drop_ins import ClipLoss, MultipleNegativesRankingLoss
 from .fuse import Attended, AttentionPooler, CrossModalAttention, Fused, LatentPooler, Pooled
 from .moe import ModalityMoE
@@ -10,6 +28,20 @@ from .when import ModalityFusion
 from .whitening import Whitening
 
 __all__ = [
+    "ALIGNMENTS",
+    "DISENTANGLERS",
+    "Adapter",
+    "BootstrapAlignment",
+    "GaussianAlignment",
+    "ProjectionAlignment",
+    "alignment",
+    "Disentangled",
+    "FactorAttention",
+    "GaussianExperts",
+    "PrototypeExperts",
+    "SharedPrivate",
+    "disentangler",
+    "distance_correlation",
     "Attended",
     "AttentionPooler",
     "ClipLoss",

@@ -13,6 +13,7 @@ from .tokens import Tokens
 __all__ = ["ModalityFusion"]
 
 WHEN = ("early", "intermediate", "late")
+LEVELS = ("fine", "coarse")
 
 
 class ModalityFusion(nn.Module):
@@ -25,6 +26,8 @@ class ModalityFusion(nn.Module):
     - "late": each modality is pooled by itself, and a softmax over the vectors that there are weighs them: a modality's
       mass does not depend on how many tokens it has.
 
+    With level "coarse" each modality is the mean of its tokens before anything else: M tokens per item at most.
+
     What pools tokens is an `AttentionPooler`, or with `num_layers` the mean of a `LatentPooler`'s vectors. An item
     without anything has the vector 0 and mass 0; otherwise masses sum to 1.
 
@@ -32,6 +35,7 @@ class ModalityFusion(nn.Module):
         modalities: names, in the order of `mass`.
         width: d of tokens and result.
         when: one of the three above.
+        level: "fine", all tokens, or "coarse".
         num_queries: learned queries, or latents.
         num_heads: H; d must be a multiple.
         num_layers: of the `LatentPooler`; 0 = `AttentionPooler`.
@@ -45,6 +49,7 @@ class ModalityFusion(nn.Module):
         width: int,
         *,
         when: str = "early",
+        level: str = "fine",
         num_queries: int = 4,
         num_heads: int = 2,
         num_layers: int = 0,
@@ -54,9 +59,12 @@ class ModalityFusion(nn.Module):
         super().__init__()
         if when not in WHEN:
             raise ValueError(f"when must be one of {WHEN}, got {when!r}")
+        if level not in LEVELS:
+            raise ValueError(f"level must be one of {LEVELS}, got {level!r}")
         if num_layers < 0:
             raise ValueError(f"num_layers must be ≥ 0, got {num_layers}")
         self.when = when
+        self.level = level
         self.modalities = tuple(modalities)
 
         def pooler(names: Sequence[str], layers: int, gates: bool) -> nn.Module:
@@ -90,6 +98,8 @@ class ModalityFusion(nn.Module):
         """
         num_items, device = count_items(tokens, self.modalities)
         check_absent(absent, num_items, self.modalities)
+        if self.level == "coarse":
+            tokens = {name: _mean_token(tokens[name]) for name in self.modalities if name in tokens}
         if self.listen:
             tokens = self._listen(tokens, absent)
         elif self.each:
@@ -120,6 +130,14 @@ class ModalityFusion(nn.Module):
                 found[name] = Tokens(values, one_each, torch.zeros_like(one_each[1:]))
                 nothing[:, m] = ~tokens[name].present
         return found, nothing if absent is None else nothing | absent
+
+
+def _mean_token(tokens: Tokens) -> Tokens:
+    """The mean of each item's tokens, for items that have any."""
+    present = tokens.present
+    values = tokens.mean()[present]
+    offsets = nn.functional.pad(present.cumsum(0), (1, 0))
+    return Tokens(values, offsets, torch.zeros(len(values), dtype=torch.int64, device=values.device))
 
 
 def _pool(pooler: nn.Module, tokens: Mapping[str, Tokens], absent: Tensor | None) -> Fused:

@@ -20,6 +20,9 @@ _CHOICES = {
     "quantize": ("nf4", None),
     "text_level": ("fields", "tokens"),
     "fusion": ("early", "intermediate", "late"),
+    "fusion_level": ("fine", "coarse"),
+    "disentangle": ("contrast", "attention", "prototypes", "vae", None),
+    "align": ("infonce", "adapters", "projection", "bootstrap", "vae"),
     "router_score": ("softmax", "topk_softmax", "sigmoid"),
 }
 _AT_LEAST_ONE = (
@@ -29,9 +32,9 @@ _AT_LEAST_ONE = (
 )  # fmt: skip
 _FRACTIONS = ("dropout", "content_dropout", "identity_dropout", "modality_dropout", "label_smoothing", "warmup")
 _NOT_NEGATIVE = (
-    "learning_rate", "backbone_learning_rate", "weight_decay", "clip_norm", "align_weight", "balance_weight",
-    "z_weight", "local_entropy_weight", "global_entropy_weight", "router_bias_rate", "extra_negatives",
-    "experts_shared", "experts_private", "align_items", "lora_rank", "fusion_layers", "seed",
+    "learning_rate", "backbone_learning_rate", "weight_decay", "clip_norm", "align_weight", "disentangle_weight",
+    "balance_weight", "z_weight", "local_entropy_weight", "global_entropy_weight", "router_bias_rate",
+    "extra_negatives", "experts_shared", "experts_private", "align_items", "lora_rank", "fusion_layers", "seed",
 )  # fmt: skip
 
 
@@ -51,11 +54,12 @@ class RecommenderConfig:
         table_pooled: one token per table row instead of one per cell.
 
     Item tower: `width`, `item_queries` learned queries with `item_heads` heads; `fusion` "early", "intermediate" or
-        "late" and `fusion_layers` of latents (`ModalityFusion`); `experts_shared` experts for all modalities and
-        `experts_private` per modality (0 of either kind = none), `experts_per_token` chosen by their `router_score`,
-        `expert_hidden` wide; `identity_dropout`: share of items whose identity is hidden in a training step, so that
-        content learns to stand in; `modality_dropout`: the same for each content modality; `content_dropout`: on
-        content vectors and experts.
+        "late", at `fusion_level` "fine" (all tokens) or "coarse" (each modality's mean), and `fusion_layers` of
+        latents (`ModalityFusion`); `disentangle` None or a `fusion.disentangler`, whose vector is added behind a gate
+        that starts closed; `experts_shared` experts for all modalities and `experts_private` per modality (0 of either
+        kind = none), `experts_per_token` chosen by their `router_score`, `expert_hidden` wide; `identity_dropout`:
+        share of items whose identity is hidden in a training step, so that content learns to stand in;
+        `modality_dropout`: the same for each content modality; `content_dropout`: on content vectors and experts.
 
     User tower: `layers`, `heads`, `max_length` last items read, `dropout`.
 
@@ -64,9 +68,10 @@ class RecommenderConfig:
         negatives: "all" = full softmax over the items that training knows, "batch" = the batch's targets plus
             `extra_negatives` drawn uniformly, logQ-corrected and with accidental hits masked; "auto" = "all" up to
             `full_softmax_items` items.
-        label_smoothing; align_weight with align_items items per step; of the router balance_weight,
-            z_weight, local_entropy_weight and global_entropy_weight (which is subtracted), and router_bias_rate, by
-            which each step moves the biases that balance without a loss (0 = there are none).
+        label_smoothing; align_weight on `align` (`fusion.alignment`) with align_items items per step, of what
+            `disentangle` says is to be aligned; disentangle_weight on the sum of its losses; of the router
+            balance_weight, z_weight, local_entropy_weight and global_entropy_weight (which is subtracted), and
+            router_bias_rate, by which each step moves the biases that balance without a loss (0 = there are none).
 
     Optimiser: AdamW at `learning_rate` (the adapter at `backbone_learning_rate`) with `weight_decay`, linear warm-up
         over the share `warmup` of all steps, then a cosine to a twentieth; gradients clipped to `clip_norm` (0 = not).
@@ -94,7 +99,9 @@ class RecommenderConfig:
     item_queries: int = 4
     item_heads: int = 2
     fusion: str = "early"
+    fusion_level: str = "fine"
     fusion_layers: int = 0
+    disentangle: str | None = None
     experts_shared: int = 2
     experts_private: int = 1
     experts_per_token: int = 2
@@ -115,8 +122,10 @@ class RecommenderConfig:
     full_softmax_items: int = 30_000
     extra_negatives: int = 1024
     label_smoothing: float = 0.0
+    align: str = "infonce"
     align_weight: float = 0.02
     align_items: int = 256
+    disentangle_weight: float = 0.05
     balance_weight: float = 0.01
     z_weight: float = 0.001
     local_entropy_weight: float = 0.0

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mmrec_kernels import Routing
 
-from ..fusion import ModalityFusion, ModalityMoE, TableEncoder, Tokens, Whitening
+from ..fusion import Disentangled, ModalityFusion, ModalityMoE, TableEncoder, Tokens, Whitening, disentangler
 from .config import IDENTITY, RecommenderConfig
 from .inputs import ItemInputs, ItemSpec
 
@@ -21,8 +21,9 @@ _IDENTITY_STD = 0.05
 
 class ItemOutput(NamedTuple):
     """Of N items: `vectors [N, d]`, `mass [N, M]` (attention share per modality of the config, rows sum to 1, or to 0
-    for an item without anything), the experts' `routing` or None, per modality the mean token `pooled [N, d]` with
-    `present bool [N]`, for alignment, and per content modality the `tokens` (of width d) that were fused."""
+    for an item without anything), the experts' `routing` or None, per modality what is to be aligned, `pooled [N, d]`
+    with `present bool [N]` (the mean token, or the part of it that the disentangler says), per content modality the
+    `tokens` (of width d) that were fused, and the disentangler's `parts`, or None."""
 
     vectors: Tensor
     mass: Tensor
@@ -30,6 +31,7 @@ class ItemOutput(NamedTuple):
     pooled: dict[str, Tensor]
     present: dict[str, Tensor]
     tokens: dict[str, Tokens]
+    parts: Disentangled | None
 
 
 class ItemTower(nn.Module):
@@ -78,9 +80,13 @@ class ItemTower(nn.Module):
                 bias_rate=config.router_bias_rate, dropout=config.content_dropout,
             )  # fmt: skip
         self.fuse = ModalityFusion(
-            config.modalities, width, when=config.fusion, num_queries=config.item_queries,
+            config.modalities, width, when=config.fusion, level=config.fusion_level, num_queries=config.item_queries,
             num_heads=config.item_heads, num_layers=config.fusion_layers, dropout=config.content_dropout,
         )  # fmt: skip
+        self.disentangle = None
+        if config.disentangle is not None:
+            self.disentangle = disentangler(config.disentangle, config.modalities, width)
+            self.disentangle_gate = nn.Parameter(torch.zeros(()))
         self.gain = nn.Parameter(torch.ones(()))
 
     def fit_whitening(self, inputs: ItemInputs, items: Tensor) -> None:
@@ -114,7 +120,7 @@ class ItemTower(nn.Module):
         if self.fuse is None:
             assert self.identity is not None
             vectors = torch.where(trained.unsqueeze(1), self.identity.index_select(0, items), 0)
-            return ItemOutput(vectors, trained.unsqueeze(1).to(vectors.dtype), None, {}, present, {})
+            return ItemOutput(vectors, trained.unsqueeze(1).to(vectors.dtype), None, {}, present, {}, None)
         routing = None
         pooled = {name: part.mean() for name, part in tokens.items()}
         if self.experts is not None:
@@ -125,13 +131,28 @@ class ItemTower(nn.Module):
             pooled[IDENTITY] = tokens[IDENTITY].values
         absent = self._absent(present)
         fused = self.fuse(tokens, absent=absent)
+        values, parts = fused.values, None
+        if self.disentangle is not None:
+            parts = self._disentangled(pooled, present, absent)
+            values = values + torch.tanh(self.disentangle_gate) * parts.vector
+            pooled = parts.aligned
         # At the scale that identities start with: logits begin near zero and the softmax near uniform.
-        vectors = fused.values * (self.gain * _IDENTITY_STD)
+        vectors = values * (self.gain * _IDENTITY_STD)
         if self.identity is not None and absent is not None:
             # Past the attention too: through it alone an identity learns only as fast as it is listened to.
             unknown = absent[:, self.modalities.index(IDENTITY)].unsqueeze(1)
             vectors = vectors + torch.where(unknown, 0, self.identity.index_select(0, items))
-        return ItemOutput(vectors, fused.mass, routing, pooled, present, content)
+        return ItemOutput(vectors, fused.mass, routing, pooled, present, content, parts)
+
+    def _disentangled(
+        self, pooled: dict[str, Tensor], present: dict[str, Tensor], absent: Tensor | None
+    ) -> Disentangled:
+        """What is hidden in this training step is hidden here too."""
+        assert self.disentangle is not None
+        if absent is not None:
+            present = {name: ~absent[:, m] for m, name in enumerate(self.modalities)}
+        parts: Disentangled = self.disentangle(pooled, present)
+        return parts
 
     def _content(self, inputs: ItemInputs) -> dict[str, Tokens]:
         tokens: dict[str, Tokens] = {}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mmrec_kernels import info_nce
 
-from ..fusion import ModalityAlignment, ModalityMoE
+from ..fusion import ModalityMoE, alignment
 from .batches import Batch
 from .config import MAX_SCALE
 from .inputs import ItemInputs
@@ -22,14 +22,20 @@ __all__ = ["Losses", "Objective"]
 
 
 class Losses(NamedTuple):
-    """0-d each: the weighted `total`, and its parts unweighted: next `item`, `alignment`, `router` (already weighted).
+    """0-d each: the weighted `total`, and its parts unweighted: next `item`, `alignment`, `disentangle`, `router`
+    (already weighted).
     `load [M, E]`: tokens per content modality and expert in this step, or None."""
 
     total: Tensor
     item: Tensor
     alignment: Tensor
+    disentangle: Tensor
     router: Tensor
     load: Tensor | None
+
+    def parts(self) -> dict[str, Tensor]:
+        """What training curves show, by name; "loss" is that of the next item."""
+        return {"loss": self.item, "alignment": self.alignment, "disentangle": self.disentangle, "router": self.router}
 
 
 class Objective(nn.Module):
@@ -72,7 +78,7 @@ class Objective(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale))) if config.score == "cosine" else None
         self.alignment = None
         if config.align_weight and len(config.modalities) > 1:
-            self.alignment = ModalityAlignment(config.modalities, config.width)
+            self.alignment = alignment(config.align, config.modalities, config.width)
 
     def forward(self, model: Recommender, inputs: ItemInputs, batch: Batch) -> Losses:
         """The losses of one batch.
@@ -98,7 +104,10 @@ class Objective(nn.Module):
             item = self._all_items(states, output.vectors, place[batch.target])
         else:
             item = self._in_batch(states, output.vectors, place, batch.target, extra)
-        alignment = self._alignment(output)
+        aligned = self._alignment(output)
+        apart = item.new_zeros(())
+        if output.parts is not None:
+            apart = torch.stack(list(output.parts.losses.values())).sum()
         router, load = item.new_zeros(()), None
         if output.routing is not None:
             config = self.config
@@ -107,8 +116,8 @@ class Objective(nn.Module):
                 config.global_entropy_weight,
             )  # fmt: skip
             load = output.routing.stats[..., 0]
-        total = item + self.config.align_weight * alignment + router
-        return Losses(total, item.detach(), alignment.detach(), router.detach(), load)
+        total = item + self.config.align_weight * aligned + self.config.disentangle_weight * apart + router
+        return Losses(total, item.detach(), aligned.detach(), apart.detach(), router.detach(), load)
 
     def _scale(self) -> float | Tensor:
         return 1.0 if self.log_scale is None else self.log_scale.exp().clamp(max=MAX_SCALE)

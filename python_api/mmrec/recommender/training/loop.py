@@ -42,7 +42,8 @@ class Trained:
 
     Attributes:
         items: the vectors of all items.
-        curves: per epoch ``epoch``, ``loss``, ``alignment``, ``router``, ``valid`` (NDCG@10), ``seconds``.
+        curves: per epoch ``epoch``, ``loss``, ``alignment``, ``disentangle``, ``router``, ``valid`` (NDCG@10) and
+            ``seconds``.
         best_epoch: the epoch, from 1, whose weights these are.
         load: tokens per content modality and expert in the last epoch, or None.
         adapter: of the language model, where it was trained.
@@ -158,8 +159,8 @@ class _Loop:
             parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
             torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
         state.optimizer.step()
-        for i, value in enumerate((losses.item, losses.alignment, losses.router)):
-            state.sums[i] += float(value)
+        for name, value in losses.parts().items():
+            state.sums[name] = state.sums.get(name, 0.0) + float(value)
         if losses.load is not None and state.model.item_tower.experts is not None:
             state.model.item_tower.experts.update_bias(losses.load)
             counts = losses.load.tolist()
@@ -191,10 +192,10 @@ class _Loop:
 
     def _end_epoch(self, batches: int, seconds: float) -> None:
         state = self.state
-        means = dict(zip(("loss", "alignment", "router"), (value / batches for value in state.sums), strict=True))
+        means = {name: value / batches for name, value in state.sums.items()}
         row = {"epoch": state.epoch + 1, **means, "seconds": seconds}
         state.load, state.epoch_load = state.epoch_load, None
-        state.sums, state.batch = [0.0, 0.0, 0.0], 0
+        state.sums, state.batch = {}, 0
         state.epoch += 1
         if state.epoch % self.config.evaluate_every == 0 or state.epoch == self.config.epochs:
             score = self._valid()

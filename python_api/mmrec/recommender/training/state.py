@@ -41,7 +41,7 @@ class State:
     Attributes:
         text: the text vectors ``[T, d]`` that training reads, where the adapter changes them; else None.
         epoch, batch: the batch of the epoch that comes next; ``step`` counts all batches so far.
-        sums: running sums of the losses of this epoch.
+        sums: running sums of the losses of this epoch, by name.
         best: tensors of the best evaluation so far, ``best_score`` its NDCG@10, ``best_epoch`` its epoch (from 1).
         stale: evaluations since then.
         curves: one row per finished epoch.
@@ -56,7 +56,7 @@ class State:
     epoch: int = 0
     batch: int = 0
     step: int = 0
-    sums: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
+    sums: dict[str, float] = field(default_factory=dict)
     best: dict[str, Tensor] = field(default_factory=dict)
     best_score: float | None = None
     best_epoch: int = 0
