@@ -8,6 +8,7 @@ from .beyond import beyond_accuracy, popularity_groups
 from .evaluate import evaluate
 from .floors import FLOORS, item_knn, most_popular
 from .intervals import Interval, bootstrap, paired_bootstrap
+from .leakage import Leakage, leakage
 from .metrics import DEFAULT_METRICS, Metric, evaluate_rankings, per_user
 from .modality import Curve, Dominance, dominance, missing, missing_curve
 from .protocols import Seen, Split, Stage, hold_out_items, split
@@ -23,6 +24,7 @@ __all__ = [
     "Curve",
     "Dominance",
     "Interval",
+    "Leakage",
     "Metric",
     "Ragged",
     "Ranker",
@@ -41,6 +43,7 @@ __all__ = [
     "hold_out_items",
     "interval",
     "item_knn",
+    "leakage",
     "missing",
     "missing_curve",
     "most_popular",
