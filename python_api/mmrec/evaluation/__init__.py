@@ -5,7 +5,9 @@ From data to a table: :func:`split` a catalogue, :func:`evaluate` a ranker on it
 """
 
 from .beyond import beyond_accuracy, popularity_groups
+from .candidates import CandidateSets, candidate_sets
 from .evaluate import evaluate
+from .factorial import Effect, factorial, level_means
 from .floors import FLOORS, item_knn, most_popular
 from .intervals import Interval, bootstrap, paired_bootstrap
 from .leakage import Leakage, leakage
@@ -21,8 +23,10 @@ from .tables import format_table, print_table
 __all__ = [
     "DEFAULT_METRICS",
     "FLOORS",
+    "CandidateSets",
     "Curve",
     "Dominance",
+    "Effect",
     "Interval",
     "Leakage",
     "Metric",
@@ -35,15 +39,18 @@ __all__ = [
     "Stage",
     "beyond_accuracy",
     "bootstrap",
+    "candidate_sets",
     "compare",
     "dominance",
     "evaluate",
     "evaluate_rankings",
+    "factorial",
     "format_table",
     "hold_out_items",
     "interval",
     "item_knn",
     "leakage",
+    "level_means",
     "missing",
     "missing_curve",
     "most_popular",
