@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from ..recommender import OnlineRecommender, Reranker
     from ..recommender.frontier import Point, Way
 
-__all__ = ["latency_command"]
+__all__ = ["latency_command", "measure"]
 
 METRICS = ("NDCG@10", "HR@10")
 _K = 10
@@ -47,27 +47,45 @@ def latency_command(
     read = opened[0].load_data(data, layout)
     for run in opened[1:]:
         run.check_data(read.catalogue, read.fingerprint)
-    models = {label: run.model_id for label, run in zip(labels, opened, strict=True)}
-    again = None if reranker is None else load_reranker(reranker, quantize)
-    with ExitStack() as stack:
-        onlines = {
-            (label, dtype): stack.enter_context(_online(run, read, dtype, again))
-            for label, run in zip(labels, opened, strict=True)
-            for dtype in dtypes
-        }
-        stages = _stages(onlines, _histories(read, stage), batches, seconds)
-        points = _frontier(onlines, read, stage, depths, widths if again else (), rerank_users, seconds, seed)
+    stages, points, frontier = measure(
+        dict(zip(labels, opened, strict=True)), read, dtypes=dtypes, depths=depths, batches=batches, widths=widths,
+        reranker=None if reranker is None else load_reranker(reranker, quantize), rerank_users=rerank_users,
+        stage=stage, seconds=seconds, seed=seed,
+    )  # fmt: skip
     content = {
         "command": "latency", "environment": rows.environment("cpu"), "dataset": read.catalogue.name,
         "fingerprint": read.fingerprint, "protocol": read.split.protocol, "split": read.split.id, "seed": seed,
         "threads": torch.get_num_threads(), "runs": [str(run) for run in runs], "reranker": reranker,
-        "stages": stages, "stage": stage,
-        "frontier": [_row(point, points, models) for point in points],
+        "stages": stages, "stage": stage, "frontier": frontier,
     }  # fmt: skip
     _print(points)
     write_json(out / "latency.json", content)
     write_json(json_file, content)
     say(f"report: {_write_report(read, content, points, out)}")
+
+
+def measure(
+    runs: Mapping[str, TrainedRun], data: Data, *, dtypes: Sequence[str], depths: Sequence[int], batches: Sequence[int],
+    widths: Sequence[int] = (), reranker: Reranker | None = None, rerank_users: int = 0, stage: Stage = "test",
+    seconds: float, seed: int,
+) -> tuple[list[dict[str, Any]], list[Point], list[dict[str, Any]]]:  # fmt: skip
+    """Rows of the stages of a request, the ways to answer, and the same ways as rows.
+
+    Args:
+        runs: by the name that tables give them.
+        depths, batches, widths: last items read, requests at a time, candidates ranked again.
+        seconds: per stage and way.
+    """
+    models = {label: run.model_id for label, run in runs.items()}
+    with ExitStack() as stack:
+        onlines = {
+            (label, dtype): stack.enter_context(_online(run, data, dtype, reranker))
+            for label, run in runs.items()
+            for dtype in dtypes
+        }
+        stages = _stages(onlines, _histories(data, stage), batches, seconds)
+        points = _frontier(onlines, data, stage, depths, widths if reranker else (), rerank_users, seconds, seed)
+    return stages, points, [_row(point, points, models) for point in points]
 
 
 @contextmanager

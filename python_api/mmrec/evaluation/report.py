@@ -18,8 +18,9 @@ from .results import Result, interval
 __all__ = ["group_rows", "metric_rows", "write_report"]
 
 _SECTIONS = (
-    "title", "subtitle", "fingerprint", "protocol", "seeds", "command", "metrics", "differences", "slices", "curves",
-    "modalities", "dominance", "missing", "experts", "frontier", "latency", "config", "notes",
+    "title", "subtitle", "fingerprint", "protocol", "seeds", "command", "findings", "tables", "charts", "metrics",
+    "differences", "slices", "curves", "modalities", "dominance", "missing", "experts", "frontier", "latency",
+    "config", "notes",
 )  # fmt: skip
 
 _STYLE = """
@@ -95,6 +96,9 @@ def write_report(run: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
         run: plain values under these keys (another key is an error):
 
             - "title", "subtitle", "protocol", "fingerprint", "command": text; "seeds": list; "notes": list of text;
+            - "findings": list of text, shown first;
+            - "tables": ``[{"title", "hint", "labels": [column of text], "signed": bool, "rows"}]``, rows as in
+              "metrics" with a text per label; "charts": ``[{"title", "x_label", "series": {name: [(x, y)]}}]``;
             - "metrics": ``[{"model", "floor": bool, "values": {name: number | (mean, low, high) | Interval}}]``,
               see :func:`metric_rows`; "differences": the same, of ours minus another;
             - "slices": ``[{"model", "group", "users", "values"}]``, see :func:`group_rows`;
@@ -125,6 +129,15 @@ def write_report(run: Mapping[str, Any], path: str | os.PathLike[str]) -> Path:
 
 
 def _sections(run: Mapping[str, Any]) -> Iterable[str]:
+    if findings := run.get("findings"):
+        yield _section("Findings", "".join(f"<p>{escape(str(text))}</p>" for text in findings))
+    for table in run.get("tables", ()):
+        rows = table["rows"]
+        body = _value_table(rows, _columns(rows), table["labels"], signed=bool(table.get("signed")))
+        yield _section(table["title"], body, table.get("hint", ""))
+    if charts := run.get("charts"):
+        drawn = [(c["title"], line_chart(c["series"], x_label=c["x_label"], title=c["title"])) for c in charts]
+        yield _section("Charts", _grid(drawn))
     if rows := run.get("metrics"):
         names = _columns(rows)
         charts = [(name, interval_chart(_bars(rows, name), title=name)) for name in names[:4]]

@@ -52,7 +52,7 @@ class Result:
 
     Args:
         model: its name in tables.
-        protocol: "S", "G" or "T".
+        protocol: "S", "G" or "T", or "C" (`.candidates`).
         split: identity of the split (:attr:`.Split.id`).
         stage: "valid" or "test".
         mask: which seen items were left out of the rankings: "none", "train" or "train+valid".

@@ -1,0 +1,182 @@
+"""Aligning modalities: cold items with and without it, in every way, and what shared parts then hold."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from ..data import Data
+from ..evaluate import with_metrics
+from ..rankers import evaluate_floor, floor_names
+from ..runs import TrainedRun, cache_folder, fit
+from ..settings import Choices, only
+from .base import Context, Findings, Table, means, pairs, sentence
+
+if TYPE_CHECKING:
+    from ...evaluation import Leakage, Result
+    from ...recommender.config import RecommenderConfig
+
+__all__ = ["AlignmentSettings", "alignment_run"]
+
+METRICS = ("HR@10", "NDCG@10")
+_GROUPS = {
+    "all": "All items",
+    "warm": "Targets that training saw",
+    "cold-among-all": "Targets that training never saw, ranked among all items",
+    "cold-among-cold": "The same targets, ranked among items that training never saw",
+}
+_NONE, _IDENTITY = "none", "identity-only"
+
+
+@dataclass(frozen=True)
+class AlignmentSettings:
+    """What is compared, and how it is trained.
+
+    Attributes:
+        kinds: ways of aligning, "none", or one with a way of disentangling: "infonce+contrast".
+        hold_out: share of items that training never sees.
+        modalities: as in ``mmrec train``.
+        align_weight, disentangle_weight, epochs, dropout, batch_size, weight_decay, backbone: of the training.
+    """
+
+    kinds: tuple[str, ...] = (
+        "none", "infonce", "adapters", "projection", "bootstrap", "vae", "infonce+contrast",
+    )  # fmt: skip
+    hold_out: float = 0.1
+    modalities: str = "all"
+    align_weight: float = 0.1
+    disentangle_weight: float = 0.05
+    epochs: int = 12
+    dropout: float = 0.5
+    batch_size: int = 128
+    weight_decay: float = 0.05
+    backbone: str | None = None
+
+
+def alignment_run(context: Context) -> tuple[Data, Findings]:
+    """Trains every kind with every seed, an identity-only model beside, and probes what the parts hold."""
+    settings: AlignmentSettings = context.settings
+    if _NONE not in settings.kinds or len(set(settings.kinds)) != len(settings.kinds):
+        raise ValueError(f"--set kinds must be distinct and hold {_NONE!r}, got {', '.join(settings.kinds)}")
+    data = context.load("S", hold_out=settings.hold_out)
+    configs = {kind: _config(kind, settings, data) for kind in settings.kinds}
+    runs: dict[str, list[TrainedRun]] = {kind: [] for kind in configs}
+    results: dict[str, list[Result]] = {kind: [] for kind in [*configs, _IDENTITY]}
+    source = context.source("S", hold_out=settings.hold_out)
+    for seed in context.seeds:
+        for kind, config in {**configs, _IDENTITY: only(configs[_NONE], ("identity",))}.items():
+            folder = context.out / "runs" / kind / f"seed-{seed}"
+            metrics = with_metrics(METRICS)
+            run = fit(data, config.replace(seed=seed), folder, source, resume=True, metrics=metrics)
+            results[kind].append(run.result)
+            if kind in runs:
+                runs[kind].append(run)
+    floors = {name: [evaluate_floor(name, data, metrics=with_metrics(METRICS))] for name in floor_names(None)}
+    leaks = {kind: [_leakage(run, data) for run in found] for kind, found in runs.items()}
+    tables = [*_group_tables(results, floors), *_difference_tables(results), _leak_table(leaks)]
+    cold = sum(run.trained_items.size - int(run.trained_items.sum()) for run in runs[_NONE][:1])
+    return data, Findings(
+        "What does aligning modalities do for cold items, and what does it cost warm ones?", tables,
+        _sentences(results, leaks), facts={"items that training never saw": cold},
+    )  # fmt: skip
+
+
+def _config(kind: str, settings: AlignmentSettings, data: Data) -> RecommenderConfig:
+    from ...fusion import ALIGNMENTS, DISENTANGLERS
+
+    align, _, apart = kind.partition("+")
+    if align not in (_NONE, *ALIGNMENTS) or (apart and apart not in DISENTANGLERS):
+        raise ValueError(
+            f"--set kinds: {kind!r} is not {_NONE} or one of {', '.join(ALIGNMENTS)}, "
+            f"alone or with +{', +'.join(DISENTANGLERS)}"
+        )
+    shared = ("disentangle_weight", "dropout", "batch_size", "weight_decay")
+    choices = Choices(modalities=settings.modalities, backbone=settings.backbone, epochs=settings.epochs)
+    config = choices.config(data.catalogue, 0).replace(**{name: getattr(settings, name) for name in shared})
+    if len(config.modalities) < 2:
+        raise ValueError(f"--set modalities: two at least are needed to align, got {config.modalities}")
+    weight = 0.0 if align == _NONE else settings.align_weight
+    return config.replace(align="infonce" if align == _NONE else align, align_weight=weight, disentangle=apart or None)
+
+
+def _leakage(run: TrainedRun, data: Data) -> Leakage:
+    """Of the parts that are aligned, over all items; the mean tokens themselves where nothing takes them apart."""
+    import torch
+
+    from ...evaluation import leakage
+    from ...recommender.training import prepare_content
+
+    content = prepare_content(data.catalogue, run.config, run.trained_items, cache=cache_folder())
+    with torch.no_grad():
+        output = run.model.encode(content.inputs, torch.arange(data.catalogue.num_items))
+    private = {} if output.parts is None else output.parts.private
+    shared, own, present = (
+        {name: part.numpy() for name, part in parts.items()} for parts in (output.pooled, private, output.present)
+    )
+    return leakage(shared, own, present)
+
+
+def _group_tables(results: Mapping[str, Sequence[Result]], floors: Mapping[str, Sequence[Result]]) -> list[Table]:
+    tables = []
+    for group, title in _GROUPS.items():
+        trained, plain = means(results, METRICS, row=group), means(floors, METRICS, row=group)
+        rows: list[dict[str, Any]] = [{"model": name, "values": values} for name, values in trained.items()]
+        rows += [{"model": name, "values": values, "floor": True} for name, values in plain.items()]
+        if rows:
+            tables.append(Table(title, ("model",), rows))
+    return tables
+
+
+def _difference_tables(results: Mapping[str, Sequence[Result]]) -> list[Table]:
+    tables = []
+    for group, title in _GROUPS.items():
+        if all(group in result.rows for found in results.values() for result in found):
+            rows = [{"model": name, "values": v} for name, v in pairs(results, _NONE, METRICS, row=group).items()]
+            tables.append(Table(f"Minus no alignment: {title[0].lower()}{title[1:]}", ("model",), rows, signed=True))
+    return tables
+
+
+def _leak_table(leaks: Mapping[str, Sequence[Leakage]]) -> Table:
+    import numpy as np
+
+    def mean(values: Sequence[float]) -> float:
+        known = [value for value in values if value == value]
+        return float(np.mean(known)) if known else float("nan")
+
+    rows = []
+    for kind, found in leaks.items():
+        values: dict[str, float] = {
+            "modality told from it": mean([leak.modality for leak in found]),
+            "agreement": mean([value for leak in found for value in leak.agreement.values()]),
+            "private from shared": mean([value for leak in found for value in leak.within.values()]),
+            "private from private": mean([value for leak in found for value in leak.across.values()]),
+        }
+        rows.append({"model": kind, "values": values})
+    hint = (
+        "Linear probes, held out: how well the modality is told from what is aligned (0 chance, 1 always), R² of one "
+        "modality's part from another's, and R² of private parts, where there are any."
+    )
+    return Table("What the aligned vectors hold", ("model",), rows, hint=hint)
+
+
+def _sentences(results: Mapping[str, Sequence[Result]], leaks: Mapping[str, Sequence[Leakage]]) -> list[str]:
+    found: list[str] = []
+    for group, words in {"cold-among-all": "cold items among all", "warm": "warm items"}.items():
+        if any(group not in result.rows for entry in results.values() for result in entry):
+            continue
+        compared = pairs(results, _NONE, METRICS, row=group)
+        found += [
+            f"On {words}: {sentence(name, 'no alignment', 'NDCG@10', values['NDCG@10'])}"
+            for name, values in compared.items()
+            if name != _IDENTITY
+        ]
+        if group == "cold-among-all":
+            level: Any = means(results, METRICS, row=group)
+            found.append(
+                f"On {words} HR@10 is {level[_IDENTITY]['HR@10'].mean:.4f} for identities alone and "
+                f"{level[_NONE]['HR@10'].mean:.4f} with content and no alignment."
+            )
+    best = max(leaks, key=lambda kind: sum(sum(leak.agreement.values()) for leak in leaks[kind]))
+    found.append(f"One modality's part says most of another's with {best}.")
+    return found

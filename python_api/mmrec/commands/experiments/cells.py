@@ -1,0 +1,132 @@
+"""Configs of `PromptedRecommender` as cells of an experiment: trained and evaluated once, then read back."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ..console import say, status
+from ..data import Data
+from ..evaluate import with_metrics
+from .base import Context, Table, limit_users, means
+
+if TYPE_CHECKING:
+    from ...evaluation import Result, Split
+    from ...recommender.prompted import Examples, PromptedConfig
+
+__all__ = ["METRICS", "CellSettings", "Cells", "facts_of", "mean_of", "means_table", "per_user_values", "row"]
+
+METRICS = ("HR@10", "NDCG@10")
+
+
+@dataclass(frozen=True)
+class CellSettings:
+    """What all cells have in common; see `PromptedConfig`."""
+
+    users: int = 1000
+    steps: int = 60
+    batch_size: int = 32
+    history: int = 5
+    max_length: int = 64
+    learning_rate: float = 1e-3
+    prompt_learning_rate: float = 1e-2
+    backbone: str | None = None
+    quantize: str | None = "nf4"
+
+    def config(self, **changes: Any) -> PromptedConfig:
+        """A cell's config."""
+        from ...recommender.prompted import PromptedConfig
+
+        shared = {
+            field.name: getattr(self, field.name) for field in dataclasses.fields(CellSettings) if field.name != "users"
+        }
+        return PromptedConfig(**{**shared, **changes})
+
+
+class Cells:
+    """Trains and evaluates configs on one split, and keeps the results."""
+
+    def __init__(self, context: Context) -> None:
+        self.context = context
+        self.data: Data = context.load("S")
+        self.split: Split = limit_users(self.data.split, context.settings.users)
+        self.texts = self.data.catalogue.item_titles
+        self._examples: dict[tuple[int | None, int], Examples] = {}
+
+    def results(self, name: str, config: PromptedConfig, *, most: int | None = None) -> list[Result]:
+        """One per seed."""
+        return [self._one(name, dataclasses.replace(config, seed=seed), most) for seed in self.context.seeds]
+
+    def _one(self, name: str, config: PromptedConfig, most: int | None) -> Result:
+        from ...evaluation import Result, evaluate
+        from ...files import write_atomic
+        from ...recommender.prompted import PromptedRecommender
+
+        folder: Path = self.context.out / "cells" / name.replace(" ", "-")
+        path, said = folder / f"seed-{config.seed}.json", folder / f"seed-{config.seed}.config.json"
+        identity = {
+            "config": dataclasses.asdict(config), "examples": most, "split": self.split.id,
+            "fingerprint": self.data.fingerprint,
+        }  # fmt: skip
+        if path.is_file() and said.is_file() and json.loads(said.read_text(encoding="utf-8")) == identity:
+            return Result.load(path)
+        with status(f"{name}, seed {config.seed}"):
+            model = PromptedRecommender(config, self.texts)
+            model.fit(self._of(config.history, most, config.seed))
+            result = evaluate(
+                model, self.split, model=name, dataset=self.data.catalogue.name, fingerprint=self.data.fingerprint,
+                metrics=with_metrics(METRICS), seed=config.seed, groups=False,
+            )  # fmt: skip
+        result.save(path)
+        write_atomic(said, json.dumps(identity).encode())
+        say(f"{name}, seed {config.seed}: NDCG@10 {result.metrics['NDCG@10']:.4f}, {model.num_trained} numbers trained")
+        return result
+
+    def _of(self, history: int, most: int | None, seed: int) -> Examples:
+        from ...recommender.prompted import Examples
+
+        key = (most, seed if most is not None else 0)
+        if key not in self._examples:
+            self._examples[key] = Examples.of(self.split, history, most=most, seed=seed)
+        return self._examples[key]
+
+    def floors(self) -> dict[str, list[Result]]:
+        """The floors on the same users."""
+        from ..rankers import evaluate_floor, floor_names
+
+        data = dataclasses.replace(self.data, split=self.split)
+        return {name: [evaluate_floor(name, data, metrics=with_metrics(METRICS))] for name in floor_names(None)}
+
+
+def per_user_values(results: Sequence[Result], metric: str = "NDCG@10") -> Any:
+    import numpy as np
+
+    return np.stack([result.rows["all"].values[metric] for result in results])
+
+
+def mean_of(results: Sequence[Result], metric: str) -> float:
+    return float(per_user_values(results, metric).mean())
+
+
+def row(name: str, values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"model": name, "values": values}
+
+
+def means_table(
+    results: Mapping[str, Sequence[Result]], floors: Mapping[str, Sequence[Result]], title: str = "Means"
+) -> Table:
+    found = [row(name, values) for name, values in means(results, METRICS).items()]
+    found += [{**row(name, values), "floor": True} for name, values in means(floors, METRICS).items()]
+    return Table(title, ("model",), found)
+
+
+def facts_of(cells: Cells, configs: Mapping[str, PromptedConfig]) -> dict[str, Any]:
+    return {
+        "split of the sample": cells.split.origin,
+        "test users": len(cells.split.users("test")),
+        "cells": {name: dataclasses.asdict(config) for name, config in configs.items()},
+    }

@@ -1,0 +1,237 @@
+"""Prompts and adapters of one language model that reads histories and titles: three questions about them.
+
+All rank every item for a sample of the test users by `PromptedRecommender`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import product
+from typing import TYPE_CHECKING, Any
+
+from ..data import Data
+from .base import Chart, Context, Findings, Table, means, pairs, sentence
+from .cells import METRICS, Cells, CellSettings, facts_of, mean_of, means_table, per_user_values, row
+
+if TYPE_CHECKING:
+    from ...evaluation import Result
+
+__all__ = ["factorial_run", "gap_run", "soft_prompt_lora_run"]
+
+_PLAIN, _HARD = "frozen, plain", "frozen, hard prompt"
+
+
+@dataclass(frozen=True)
+class SoftPromptLoraSettings(CellSettings):
+    """`rank` and `last_layers` of the adapter, `soft_tokens` trained vectors."""
+
+    rank: int = 8
+    last_layers: int = 2
+    soft_tokens: int = 8
+
+
+@dataclass(frozen=True)
+class GapSettings(SoftPromptLoraSettings):
+    """`examples`: how many training interactions there are; the steps stay the same."""
+
+    examples: tuple[int, ...] = (64, 512, 4096)
+
+
+@dataclass(frozen=True)
+class FactorialSettings(CellSettings):
+    """Levels of each factor; a quarter of the steps of the others, for there are many cells."""
+
+    steps: int = 24
+    prompts: tuple[str, ...] = ("soft", "hybrid")
+    ranks: tuple[int, ...] = (2, 8)
+    placements: tuple[str, ...] = ("attention", "last")
+    orders: tuple[str, ...] = ("joint", "prompt-first", "adapter-first")
+    soft_tokens: int = 8
+
+
+def soft_prompt_lora_run(context: Context) -> tuple[Data, Findings]:
+    """Soft prompts, LoRA on the last layers, both, neither; and whether both together bring what each brings."""
+    from ...evaluation import paired_bootstrap
+
+    settings: SoftPromptLoraSettings = context.settings
+    cells, own = Cells(context), _own(settings)
+    configs = {
+        "frozen": settings.config(prompt="plain", rank=0),
+        "soft prompt": settings.config(prompt="soft", rank=0, soft_tokens=own["soft_tokens"]),
+        "LoRA, last layers": settings.config(prompt="plain", rank=own["rank"], placement="last"),
+        "both": settings.config(prompt="soft", placement="last", **own),
+    }
+    results = {name: cells.results(name, config) for name, config in configs.items()}
+    to_frozen = pairs(results, "frozen", METRICS)
+    to_lora = pairs({n: results[n] for n in ("LoRA, last layers", "both")}, "LoRA, last layers", METRICS)["both"]
+    columns = {name: per_user_values(found) for name, found in results.items()}
+    together = paired_bootstrap(
+        columns["both"] - columns["LoRA, last layers"], columns["soft prompt"] - columns["frozen"]
+    )
+    tables = [
+        means_table(results, cells.floors()),
+        Table("Minus frozen", ("model",), [row(name, values) for name, values in to_frozen.items()], signed=True),
+        Table("Minus LoRA alone", ("model",), [row("both", to_lora)], signed=True),
+        Table(
+            "Interaction: what the soft prompt adds beside LoRA, less what it adds alone", ("effect",),
+            [{"effect": "soft prompt × LoRA", "values": {"NDCG@10": together}}], signed=True,
+        ),
+    ]  # fmt: skip
+    sentences = [sentence(name, "frozen", "NDCG@10", values["NDCG@10"]) for name, values in to_frozen.items()]
+    kind = "do more than add up" if together.mean > 0 else "do less than add up"
+    kind = kind if together.excludes_zero else "cannot be told from adding up"
+    sentences.append(f"Soft prompt and LoRA {kind}: interaction {together} in NDCG@10.")
+    return cells.data, Findings(
+        "Do soft prompts and LoRA on the last layers add up?", tables, sentences, facts=facts_of(cells, configs)
+    )
+
+
+def gap_run(context: Context) -> tuple[Data, Findings]:
+    """Hard against soft prompts against LoRA, by how many examples there are."""
+    settings: GapSettings = context.settings
+    cells, own = Cells(context), _own(settings)
+    ways: dict[str, dict[str, Any]] = {
+        "soft prompt": {"prompt": "soft", "rank": 0, "soft_tokens": own["soft_tokens"]},
+        "LoRA": {"prompt": "plain", "rank": own["rank"]},
+        "LoRA, hard prompt": {"prompt": "hard", "rank": own["rank"]},
+        "hybrid": {"prompt": "hybrid", "rank": own["rank"], "soft_tokens": own["soft_tokens"]},
+    }
+    frozen = {
+        name: cells.results(name, settings.config(prompt=prompt, rank=0))
+        for name, prompt in {_PLAIN: "plain", _HARD: "hard"}.items()
+    }
+    trained: dict[tuple[str, int], list[Result]] = {
+        (name, most): cells.results(f"{name} {most}", settings.config(**way), most=most)
+        for most, (name, way) in product(settings.examples, ways.items())
+    }
+    base = frozen[_PLAIN]
+    rows = [{"way": name, "examples": "0", "values": values} for name, values in means(frozen, METRICS).items()]
+    gaps, sentences = [], []
+    for (name, most), found in trained.items():
+        both = {name: found, _PLAIN: base}
+        rows.append({"way": name, "examples": str(most), "values": means({name: found}, METRICS)[name]})
+        gaps.append({"way": name, "examples": str(most), "values": pairs(both, _PLAIN, METRICS)[name]})
+    hard = pairs(frozen, _PLAIN, METRICS)[_HARD]
+    sentences.append(sentence("The hard prompt, frozen,", "plain titles", "NDCG@10", hard["NDCG@10"]))
+    for most in settings.examples:
+        both = {name: trained[name, most] for name in ways}
+        sentences.append(
+            sentence(f"With {most} examples LoRA", "the soft prompt", "NDCG@10",
+                     pairs(both, "soft prompt", METRICS)["LoRA"]["NDCG@10"])
+        )  # fmt: skip
+    lines = {name: {most: trained[name, most] for most in settings.examples} for name in ways}
+    lines |= {name: dict.fromkeys(settings.examples, found) for name, found in frozen.items()}
+    charts = [
+        Chart(
+            metric,
+            "training interactions",
+            {n: [(float(most), mean_of(found, metric)) for most, found in line.items()] for n, line in lines.items()},
+        )
+        for metric in METRICS
+    ]
+    tables = [
+        means_table({}, cells.floors(), title="Floors"),
+        Table("Every way", ("way", "examples"), rows),
+        Table("Minus plain titles, frozen", ("way", "examples"), gaps, signed=True),
+    ]
+    question = "How far apart are hard prompts, soft prompts and LoRA, and how many examples does each need?"
+    return cells.data, Findings(question, tables, sentences, charts, facts_of(cells, {}))
+
+
+def factorial_run(context: Context) -> tuple[Data, Findings]:
+    """Prompt × rank × placement × order of tuning: effect sizes, and whether prompt and adapter interfere."""
+    import numpy as np
+
+    from ...evaluation import factorial, level_means
+
+    settings: FactorialSettings = context.settings
+    cells = Cells(context)
+    factors = {
+        "prompt": settings.prompts, "rank": tuple(map(str, settings.ranks)), "placement": settings.placements,
+        "order": settings.orders,
+    }  # fmt: skip
+    results: dict[tuple[str, ...], list[Result]] = {}
+    for levels in product(*factors.values()):
+        prompt, rank, placement, order = levels
+        config = settings.config(
+            prompt=prompt, rank=int(rank), placement=placement, order=order, soft_tokens=settings.soft_tokens
+        )
+        results[levels] = cells.results(" ".join(levels), config)
+    shape = [len(levels) for levels in factors.values()]
+    values = {
+        metric: np.stack([per_user_values(found, metric) for found in results.values()]).reshape(
+            *shape, len(context.seeds), -1
+        )
+        for metric in METRICS
+    }
+    varying = {name: levels for name, levels in factors.items() if len(levels) > 1}
+    squeezed = {metric: np.squeeze(table, tuple(n for n, size in enumerate(shape) if size == 1))
+                for metric, table in values.items()}  # fmt: skip
+    effects = {metric: factorial(table, varying) for metric, table in squeezed.items()}
+    reference = {
+        name: cells.results(name, settings.config(prompt=prompt, rank=rank))
+        for name, (prompt, rank) in {_PLAIN: ("plain", 0), _HARD: ("hard", 0)}.items()
+    }
+    rows = [
+        {"effect": _effect_name(effect.factors, len(varying)),
+         "values": {"share": _share(effect), "by chance": effect.by_chance, "freedom": effect.freedom}}
+        for effect in effects["NDCG@10"]
+    ]  # fmt: skip
+    levels_rows = [
+        {"factor": name, "level": level, "values": {m: level_means(squeezed[m], varying)[name][level] for m in METRICS}}
+        for name, levels in varying.items()
+        for level in levels
+    ]
+    cell_rows = [
+        {**dict(zip(factors, levels, strict=True)), "values": means({"": found}, METRICS)[""]}
+        for levels, found in results.items()
+    ]
+    tables = [
+        Table(
+            "Effects on NDCG@10", ("effect",), rows,
+            hint="Share of the variation between runs (η²) with its interval over users, and its mean by chance.",
+        ),
+        Table("Levels", ("factor", "level"), levels_rows, hint="Means over all cells with that level."),
+        Table("Cells", tuple(factors), cell_rows),
+        means_table(reference, cells.floors(), title="References"),
+    ]  # fmt: skip
+    sentences = _about_effects(effects["NDCG@10"], len(varying))
+    orders = level_means(squeezed["NDCG@10"], varying).get("order", {})
+    if orders:
+        best = max(orders, key=lambda level: orders[level].mean)
+        sentences.append(f"Of the orders of tuning, {best} has the highest mean: {orders[best].mean:.4f}.")
+    question = "Which of prompt, rank, placement and order of tuning matter, and do prompt and adapter interfere?"
+    return cells.data, Findings(question, tables, sentences, facts=facts_of(cells, {}))
+
+
+def _about_effects(effects: Sequence[Any], count: int) -> list[str]:
+    clear = [e for e in effects if e.factors and e.low > e.by_chance]
+    names = ", ".join(f"{_effect_name(e.factors, count)} ({e.share:.0%} of the variation, {e.by_chance:.0%} by chance)"
+                      for e in clear)  # fmt: skip
+    found = [f"Clearly more than chance: {names}." if clear else "No effect is clearly more than chance."]
+    left = next((e for e in effects if not e.factors), None)
+    if left is not None:
+        found.append(f"{left.share:.0%} of the variation lies between seeds of one cell.")
+    between = [e for e in effects if len(e.factors) == 2 and "prompt" in e.factors and e.low > e.by_chance]
+    if between:
+        found.append(f"Prompt and adapter interfere: {', '.join(_effect_name(e.factors, count) for e in between)}.")
+    else:
+        found.append("No interaction of the prompt with rank, placement or order is clearly more than chance.")
+    return found
+
+
+def _effect_name(factors: tuple[str, ...], count: int) -> str:
+    if not factors:
+        return "between seeds"
+    return "three and more together" if len(factors) == count > 2 else " × ".join(factors)
+
+
+def _share(effect: Any) -> Any:
+    from ...evaluation import Interval
+
+    return Interval(effect.share, effect.low, effect.high, 0.95, 0, 0, 0)
+
+
+def _own(settings: SoftPromptLoraSettings) -> dict[str, int]:
+    return {"rank": settings.rank, "last_layers": settings.last_layers, "soft_tokens": settings.soft_tokens}
