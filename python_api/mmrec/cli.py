@@ -261,6 +261,60 @@ def peers(
     )  # fmt: skip
 
 
+@app.command()
+def experiment(
+    name: Annotated[str | None, typer.Argument(metavar="[NAME]", help="Which; without it, all are listed.")] = None,
+    data: OptionalData = None,
+    out: Annotated[
+        Path | None, typer.Option(metavar="FOLDER", help="Where runs, tables and the report go; default runs/NAME.")
+    ] = None,
+    seeds: Annotated[str | None, typer.Option(help="Comma-separated seeds; default those of the experiment.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the experiment, as the list says; repeatable."),
+    ] = None,
+    layout: Layout = "auto",
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Ask one question of the data: prompts, alignment, modalities, adapters, judges. Resumable, with a report."""
+    from .commands.experiment import experiment_command, list_experiments
+
+    if name is None:
+        list_experiments()
+        return
+    if data is None:
+        raise ValueError("--data is needed: the folder of a catalogue")
+    experiment_command(
+        name=name, data=data, out=out or Path("runs") / name, seeds=seeds, settings=settings or [], layout=layout,
+        json_file=json_file,
+    )  # fmt: skip
+
+
+@app.command()
+def export(
+    data: DataFolder,
+    to: Annotated[str, typer.Option("--to", metavar="LAYOUT", help="mmrec, recbole, p5 or lcrec.")],
+    out: Annotated[Path, typer.Option(metavar="FOLDER", help="Where the files go; new or empty.")],
+    layout: Layout = "auto",
+    protocol: Annotated[
+        Protocol | None,
+        typer.Option(help="Split that layout mmrec keeps; default the data's own, else G. Other layouts keep none."),
+    ] = None,
+    split_seed: SplitSeed = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Write into a folder that holds files.")] = False,
+    json_file: JsonFile = None,
+    debug: Debug = False,
+) -> None:
+    """Write the data in another toolbox's layout, and tell what that layout does not hold."""
+    from .commands.export import export_command
+
+    export_command(
+        data=data, to=to, out=out, layout=layout, protocol=None if protocol is None else protocol.value,
+        split_seed=split_seed, overwrite=overwrite, json_file=json_file,
+    )  # fmt: skip
+
+
 app.add_typer(serving.app)
 
 
