@@ -100,6 +100,8 @@ def hits(ranked: np.ndarray, relevant: Ragged) -> np.ndarray:
         raise ValueError(f"ranked has {len(ranked)} rows, relevant has {len(relevant)}")
     if ranked.size and ranked.min() < -1:
         raise ValueError(f"ranked must hold item rows or -1, got {int(ranked.min())}")
+    if len(relevant.ids) and relevant.ids.min() < 0:
+        raise ValueError(f"relevant must hold item rows, got {int(relevant.ids.min())}")
     ordered = np.sort(ranked, axis=1)
     twice = (ordered[:, 1:] == ordered[:, :-1]) & (ordered[:, 1:] >= 0)
     if twice.any():
@@ -135,7 +137,8 @@ def per_user(
         raise ValueError(f"relevant row {int(np.argmin(wanted))} is empty; leave users without a target out")
     result: dict[str, np.ndarray] = {}
     for entry in metrics:
-        metric = entry if isinstance(entry, Metric) else Metric.parse(entry)
+        # A Metric that was not parsed may be one that no name stands for.
+        metric = Metric.parse(str(entry))
         if metric.depth > found.shape[1]:
             raise ValueError(f"metric {metric} reads {metric.depth} positions, ranked has only {found.shape[1]}")
         result[str(metric)] = _value(metric, found, wanted)
