@@ -6,14 +6,15 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-__all__ = ["parse_settings", "typed"]
+__all__ = ["parse_settings"]
 
 
 def parse_settings(entries: Sequence[str], known: Mapping[str, Any], owner: str) -> dict[str, Any]:
     """The values that were given, by name.
 
     Args:
-        entries: ``NAME=VALUE`` each; VALUE is JSON, or text where that cannot be read.
+        entries: ``NAME=VALUE`` each. VALUE is JSON, or text where that is wanted; several values for a tuple stand
+            between commas.
         known: names with their defaults.
         owner: whose settings these are, for the message.
 
@@ -24,31 +25,31 @@ def parse_settings(entries: Sequence[str], known: Mapping[str, Any], owner: str)
     for entry in entries:
         key, equals, text = entry.partition("=")
         if not equals or key not in known:
-            raise ValueError(
-                f"--set needs NAME=VALUE with one of {', '.join(sorted(known))} for {owner}, got {entry!r}"
-            )
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        found[key] = typed(key, value, known[key])
+            names = ", ".join(sorted(known))
+            raise ValueError(f"--set needs NAME=VALUE with one of {names} for {owner}, got {entry!r}")
+        default = known[key]
+        if isinstance(default, tuple):
+            parts = text.removeprefix("[").removesuffix("]").split(",")
+            found[key] = tuple(_typed(key, part.strip(), default[0]) for part in parts)
+        else:
+            found[key] = _typed(key, text, default)
     return found
 
 
-def typed(key: str, value: Any, default: Any) -> Any:
-    """``value`` as what ``default`` is: a tuple takes a list, or one value, of entries of its kind."""
-    if isinstance(default, tuple):
-        entries = value if isinstance(value, list) else value.split(",") if isinstance(value, str) else [value]
-        kind = default[0] if default else ""
-        if not entries:
-            raise ValueError(f"--set {key} needs at least one value")
-        return tuple(typed(key, entry, kind) for entry in entries)
+def _typed(key: str, text: str, default: Any) -> Any:
+    """``text`` as what ``default`` is; where that is None, text or null."""
+    if isinstance(default, str) and text:
+        return text
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = text
     if default is None:
-        good = value is None or isinstance(value, str)
+        good = value is None or isinstance(value, str) and value
     elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool)
     else:
-        good = type(value) is type(default)
+        good = type(value) is type(default) and not isinstance(default, str)
     if not good:
-        raise ValueError(f"--set {key} cannot be {value!r}; its default is {json.dumps(default)}")
+        raise ValueError(f"--set {key} cannot be {text!r}; its default is {json.dumps(default)}")
     return float(value) if isinstance(default, float) else value

@@ -13,7 +13,7 @@ from typing import Literal
 
 import numpy as np
 
-__all__ = ["Score", "Sources", "Dominance", "Curve", "sources_of", "dominance", "missing", "missing_curve"]
+__all__ = ["Score", "Sources", "Dominance", "Curve", "sources_of", "dominance", "missing", "missing_curve", "permuted"]
 
 Sources = dict[str, np.ndarray]
 Score = Callable[[Sources], float]
@@ -70,10 +70,21 @@ def dominance(score: Score, present: Mapping[str, np.ndarray], *, permutations: 
     for name in sources:
         drop[name] = full - float(score(sources | {name: nothing[name]}))
         only[name] = float(score(nothing | {name: sources[name]}))
-        rng = _generator(seed, name)
-        shuffled = [float(score(sources | {name: _permuted(sources[name], rng)})) for _ in range(permutations)]
-        noise[name] = full - float(np.mean(shuffled))
+        moved = permuted(sources[name], name, permutations, seed=seed)
+        noise[name] = full - float(np.mean([float(score(sources | {name: rows})) for rows in moved]))
     return Dominance(full, drop, only, noise)
+
+
+def permuted(rows: np.ndarray, name: str, count: int, *, seed: int = 0) -> list[np.ndarray]:
+    """Sources ``rows`` of modality ``name``, moved ``count`` times among the items that have it."""
+    rng = _generator(seed, name)
+    owners = np.flatnonzero(rows >= 0)
+    found = []
+    for _ in range(count):
+        moved = rows.copy()
+        moved[owners] = rows[rng.permutation(owners)]
+        found.append(moved)
+    return found
 
 
 def missing(
@@ -163,13 +174,6 @@ def missing_curve(
 
 def _generator(seed: int, name: str) -> np.random.Generator:
     return np.random.default_rng([seed, *name.encode()])
-
-
-def _permuted(rows: np.ndarray, rng: np.random.Generator) -> np.ndarray:
-    owners = np.flatnonzero(rows >= 0)
-    result = rows.copy()
-    result[owners] = rows[rng.permutation(owners)]
-    return result
 
 
 def _nearest(count: float) -> int:

@@ -45,9 +45,19 @@ EXPERIMENTS: dict[str, Experiment] = {
         "What does aligning modalities do for cold items, and what does it cost warm ones?", "alignment",
         "alignment_run", "AlignmentSettings",
     ),
+    "modality-ablation": Experiment(
+        "Which modality does the model listen to?", "modality", "modality_run", "ModalitySettings"
+    ),
+    "missing-modality": Experiment(
+        "How does the model bear missing content, and does filling it in help?", "modality", "missing_run",
+        "MissingSettings",
+    ),
     "gap": Experiment(
         "How far apart are hard prompts, soft prompts and LoRA, by examples?", "prompted", "gap_run", "GapSettings",
         (0, 1),
+    ),
+    "evaluator": Experiment(
+        "How far can a language model be trusted as a judge?", "evaluator", "evaluator_run", "EvaluatorSettings", (0,)
     ),
     "latency": Experiment("What does quality cost in milliseconds?", "latency", "latency_run", "LatencySettings", (0,)),
     "prompt-adapter": Experiment(

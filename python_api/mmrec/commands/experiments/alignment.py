@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any
 from ..data import Data
 from ..evaluate import with_metrics
 from ..rankers import evaluate_floor, floor_names
-from ..runs import TrainedRun, cache_folder, fit
-from ..settings import Choices, only
+from ..runs import TrainedRun, cache_folder
+from ..settings import only
 from .base import Context, Findings, Table, means, pairs, sentence
+from .trained import METRICS, TrainingSettings, train_all
 
 if TYPE_CHECKING:
     from ...evaluation import Leakage, Result
@@ -19,7 +20,6 @@ if TYPE_CHECKING:
 
 __all__ = ["AlignmentSettings", "alignment_run"]
 
-METRICS = ("HR@10", "NDCG@10")
 _GROUPS = {
     "all": "All items",
     "warm": "Targets that training saw",
@@ -30,28 +30,20 @@ _NONE, _IDENTITY = "none", "identity-only"
 
 
 @dataclass(frozen=True)
-class AlignmentSettings:
-    """What is compared, and how it is trained.
+class AlignmentSettings(TrainingSettings):
+    """What is compared.
 
     Attributes:
         kinds: ways of aligning, "none", or one with a way of disentangling: "infonce+contrast".
         hold_out: share of items that training never sees.
-        modalities: as in ``mmrec train``.
-        align_weight, disentangle_weight, epochs, dropout, batch_size, weight_decay, backbone: of the training.
+        align_weight: of the alignment's loss.
     """
 
     kinds: tuple[str, ...] = (
         "none", "infonce", "adapters", "projection", "bootstrap", "vae", "infonce+contrast",
     )  # fmt: skip
     hold_out: float = 0.1
-    modalities: str = "all"
     align_weight: float = 0.1
-    disentangle_weight: float = 0.05
-    epochs: int = 12
-    dropout: float = 0.5
-    batch_size: int = 128
-    weight_decay: float = 0.05
-    backbone: str | None = None
 
 
 def alignment_run(context: Context) -> tuple[Data, Findings]:
@@ -61,24 +53,16 @@ def alignment_run(context: Context) -> tuple[Data, Findings]:
         raise ValueError(f"--set kinds must be distinct and hold {_NONE!r}, got {', '.join(settings.kinds)}")
     data = context.load("S", hold_out=settings.hold_out)
     configs = {kind: _config(kind, settings, data) for kind in settings.kinds}
-    runs: dict[str, list[TrainedRun]] = {kind: [] for kind in configs}
-    results: dict[str, list[Result]] = {kind: [] for kind in [*configs, _IDENTITY]}
-    source = context.source("S", hold_out=settings.hold_out)
-    for seed in context.seeds:
-        for kind, config in {**configs, _IDENTITY: only(configs[_NONE], ("identity",))}.items():
-            folder = context.out / "runs" / kind / f"seed-{seed}"
-            metrics = with_metrics(METRICS)
-            run = fit(data, config.replace(seed=seed), folder, source, resume=True, metrics=metrics)
-            results[kind].append(run.result)
-            if kind in runs:
-                runs[kind].append(run)
+    plain = {_IDENTITY: only(configs[_NONE], ("identity",))}
+    runs = train_all(context, data, configs | plain, hold_out=settings.hold_out)
+    results = {kind: [run.result for run in found] for kind, found in runs.items()}
     floors = {name: [evaluate_floor(name, data, metrics=with_metrics(METRICS))] for name in floor_names(None)}
-    leaks = {kind: [_leakage(run, data) for run in found] for kind, found in runs.items()}
+    leaks = {kind: [_leakage(run, data) for run in runs[kind]] for kind in configs}
     tables = [*_group_tables(results, floors), *_difference_tables(results), _leak_table(leaks)]
-    cold = sum(run.trained_items.size - int(run.trained_items.sum()) for run in runs[_NONE][:1])
+    never_seen = int((~runs[_NONE][0].trained_items).sum())
     return data, Findings(
         "What does aligning modalities do for cold items, and what does it cost warm ones?", tables,
-        _sentences(results, leaks), facts={"items that training never saw": cold},
+        _sentences(results, leaks), facts={"items that training never saw": never_seen},
     )  # fmt: skip
 
 
@@ -91,9 +75,7 @@ def _config(kind: str, settings: AlignmentSettings, data: Data) -> RecommenderCo
             f"--set kinds: {kind!r} is not {_NONE} or one of {', '.join(ALIGNMENTS)}, "
             f"alone or with +{', +'.join(DISENTANGLERS)}"
         )
-    shared = ("disentangle_weight", "dropout", "batch_size", "weight_decay")
-    choices = Choices(modalities=settings.modalities, backbone=settings.backbone, epochs=settings.epochs)
-    config = choices.config(data.catalogue, 0).replace(**{name: getattr(settings, name) for name in shared})
+    config = settings.config(data.catalogue)
     if len(config.modalities) < 2:
         raise ValueError(f"--set modalities: two at least are needed to align, got {config.modalities}")
     weight = 0.0 if align == _NONE else settings.align_weight

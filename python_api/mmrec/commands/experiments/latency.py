@@ -2,31 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 from typing import Any
 
 from ..data import Data
-from ..evaluate import with_metrics
 from ..latency import measure
 from ..results import variants
-from ..runs import fit
 from ..serve import load_reranker
-from ..settings import Choices, label
+from ..settings import label
 from .base import Context, Findings, Table
+from .trained import TrainingSettings, train_all
 
 __all__ = ["LatencySettings", "latency_run"]
 
-METRICS = ("NDCG@10", "HR@10")
+_QUALITY = "NDCG@10"
 
 
 @dataclass(frozen=True)
-class LatencySettings:
-    """What is trained, and what is timed.
+class LatencySettings(TrainingSettings):
+    """What is timed: the model of all `modalities`, the identity alone, and each content modality alone.
 
     Attributes:
-        modalities: of the largest model, as in ``mmrec train``; the identity alone and each content modality alone are
-            beside it.
-        epochs, dropout, batch_size, weight_decay, backbone: of the training.
         dtypes: of the item store.
         depths: last items of a history that are read; all that the model reads are always among them.
         reranker: a causal model, or none.
@@ -34,12 +31,6 @@ class LatencySettings:
         seconds: per stage and way.
     """
 
-    modalities: str = "all"
-    epochs: int = 12
-    dropout: float = 0.5
-    batch_size: int = 128
-    weight_decay: float = 0.05
-    backbone: str | None = None
     dtypes: tuple[str, ...] = ("float32", "int8")
     depths: tuple[int, ...] = (5, 20)
     reranker: str | None = None
@@ -52,17 +43,13 @@ def latency_run(context: Context) -> tuple[Data, Findings]:
     """Trains the models of the first seed and measures them in turn."""
     settings: LatencySettings = context.settings
     data = context.load("S")
-    seed = context.seeds[0]
-    shared = {"dropout": settings.dropout, "batch_size": settings.batch_size, "weight_decay": settings.weight_decay}
-    choices = Choices(modalities=settings.modalities, backbone=settings.backbone, epochs=settings.epochs)
-    runs = {}
-    for config in variants(choices.config(data.catalogue, seed).replace(**shared)):
-        folder = context.out / "runs" / label(config)
-        runs[label(config)] = fit(data, config, folder, context.source("S"), resume=True, metrics=with_metrics(METRICS))
+    first = dataclasses.replace(context, seeds=context.seeds[:1])
+    configs = {label(config): config for config in variants(settings.config(data.catalogue))}
+    runs = {name: found[0] for name, found in train_all(first, data, configs).items()}
     stages, points, rows = measure(
         runs, data, dtypes=settings.dtypes, depths=settings.depths, batches=(1, 8, 32), widths=settings.widths,
         reranker=None if settings.reranker is None else load_reranker(settings.reranker, "nf4"),
-        rerank_users=settings.rerank_users, seconds=settings.seconds, seed=seed,
+        rerank_users=settings.rerank_users, seconds=settings.seconds, seed=first.seeds[0],
     )  # fmt: skip
     tables = [
         Table(
@@ -86,7 +73,7 @@ def latency_run(context: Context) -> tuple[Data, Findings]:
                 f"Ranking {row['rerank']} again takes {row['p50_ms']:.0f} ms (p50) and changes NDCG@10 of "
                 f"{row['users']} users by {mean:+.4f} [{low:+.4f}, {high:+.4f}]."
             )
-    chart = {"frontier": {"quality": METRICS[0], "rows": rows}}
+    chart = {"frontier": {"quality": _QUALITY, "rows": rows}}
     return data, Findings("What does quality cost in milliseconds?", tables, sentences, sections=chart)
 
 

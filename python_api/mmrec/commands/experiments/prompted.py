@@ -59,7 +59,9 @@ def soft_prompt_lora_run(context: Context) -> tuple[Data, Findings]:
     configs = {
         "frozen": settings.config(prompt="plain", rank=0),
         "soft prompt": settings.config(prompt="soft", rank=0, soft_tokens=own["soft_tokens"]),
-        "LoRA, last layers": settings.config(prompt="plain", rank=own["rank"], placement="last"),
+        "LoRA, last layers": settings.config(
+            prompt="plain", rank=own["rank"], placement="last", last_layers=own["last_layers"]
+        ),
         "both": settings.config(prompt="soft", placement="last", **own),
     }
     results = {name: cells.results(name, config) for name, config in configs.items()}

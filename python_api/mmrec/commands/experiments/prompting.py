@@ -22,9 +22,10 @@ if TYPE_CHECKING:
 
 __all__ = ["PromptingSettings", "prompting_run"]
 
-METRICS = ("HR@1", "HR@5", "NDCG@5", "MRR@10")
+METRICS = ("HR@1", "HR@5", "NDCG@5", "MRR@5")
 _USERS_AT_ONCE = 4
-_TEXT, _LIKELY = "text, yes or no", "text, likelihood"
+_TEXT, _LIKELY, _PRIOR = "text, yes or no", "text, likelihood", "likelihood without history"
+_LESS = "text, likelihood less that without history"
 
 
 @dataclass(frozen=True)
@@ -75,8 +76,8 @@ def prompting_run(context: Context) -> tuple[Data, Findings]:
         found, costs[name] = _kept(context.out / "cells" / f"{name}.json", _identity(way, settings, sets), asker, way)
         scores[name] = found
         say(f"{name}: AUC {sets.auc(found).mean():.3f}, {costs[name]['seconds per user']:.2f} s per user")
-    scores["text, likelihood less that without history"] = scores[_LIKELY] - scores.pop("likelihood without history")
-    costs["text, likelihood less that without history"] = costs[_LIKELY]
+    scores[_LESS] = scores[_LIKELY] - scores.pop(_PRIOR)
+    costs[_LESS] = costs.pop(_PRIOR)
     scores |= _without_model(data, sets)
     named = {"dataset": data.catalogue.name, "fingerprint": data.fingerprint, "metrics": METRICS}
     results = {name: [sets.evaluate(found, model=name, **named)] for name, found in scores.items()}  # type: ignore[arg-type]
@@ -123,7 +124,7 @@ def _ways(settings: PromptingSettings) -> dict[str, _Way]:
         "text, examples, yes or no": _Way(text, shots=settings.shots),
         "text, retrieved items, yes or no": _Way(text, context=True),
         _LIKELY: _Way(likely, answer="likelihood"),
-        "likelihood without history": _Way(likely, answer="prior"),
+        _PRIOR: _Way(likely, answer="prior"),
     }
 
 
