@@ -10,6 +10,17 @@ from .evaluate import evaluate
 from .factorial import Effect, factorial, level_means
 from .floors import FLOORS, item_knn, most_popular
 from .intervals import Interval, bootstrap, paired_bootstrap
+from .judge_agreement import (
+    Reliability,
+    StarCalibration,
+    expected_calibration_error,
+    kendall_tau,
+    spearman,
+    weighted_kappa,
+)
+from .judge_bias import PlantedJudge, Pull
+from .judge_report import CalibrationError, JudgeReport, judge_report
+from .judges import Judge, Judgements, PairwiseJudge, ask_judge, pairs_within_users
 from .leakage import Leakage, leakage
 from .metrics import DEFAULT_METRICS, Metric, evaluate_rankings, per_user
 from .modality import Curve, Dominance, dominance, missing, missing_curve
@@ -23,20 +34,30 @@ from .tables import format_table, print_table
 __all__ = [
     "DEFAULT_METRICS",
     "FLOORS",
+    "CalibrationError",
     "CandidateSets",
     "Curve",
     "Dominance",
     "Effect",
     "Interval",
+    "Judge",
+    "JudgeReport",
+    "Judgements",
     "Leakage",
     "Metric",
+    "PairwiseJudge",
+    "PlantedJudge",
+    "Pull",
     "Ragged",
     "Ranker",
+    "Reliability",
     "Result",
     "Row",
     "Seen",
     "Split",
     "Stage",
+    "StarCalibration",
+    "ask_judge",
     "beyond_accuracy",
     "bootstrap",
     "candidate_sets",
@@ -44,22 +65,28 @@ __all__ = [
     "dominance",
     "evaluate",
     "evaluate_rankings",
+    "expected_calibration_error",
     "factorial",
     "format_table",
     "hold_out_items",
     "interval",
     "item_knn",
+    "judge_report",
+    "kendall_tau",
     "leakage",
     "level_means",
     "missing",
     "missing_curve",
     "most_popular",
     "paired_bootstrap",
+    "pairs_within_users",
     "per_user",
     "popularity_groups",
     "print_table",
     "rank",
     "rank_scores",
+    "spearman",
     "split",
+    "weighted_kappa",
     "write_report",
 ]
