@@ -59,7 +59,7 @@ class PromptedConfig:
     steps: int = 60
     batch_size: int = 32
     learning_rate: float = 1e-3
-    prompt_learning_rate: float = 1e-2
+    prompt_learning_rate: float = 3e-2
     scale: float = 20.0
     history: int = 5
     max_length: int = 64

@@ -33,7 +33,7 @@ class CellSettings:
     history: int = 5
     max_length: int = 64
     learning_rate: float = 1e-3
-    prompt_learning_rate: float = 1e-2
+    prompt_learning_rate: float = 3e-2
     backbone: str | None = None
     quantize: str | None = "nf4"
 
