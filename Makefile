@@ -17,7 +17,7 @@ help:
 	@echo "make demo         train and query the recommender on a generated catalogue (minutes), then say where the report is"
 	@echo "make test         set up and run the tests"
 	@echo "make bench        regression benchmarks;  python -m mmrec_kernels.benchmarks --help for the full ones"
-	@echo "make results      the studies of docs/results.md (needs DATA=folder with the data sets; hours)"
+	@echo "make results      the studies of docs/results.md and the experiments (needs DATA=folder with the data sets; hours)"
 	@echo "make gpu-report   on a GPU machine: build, test and benchmark everything"
 	@echo "make lint types wheel-test clean"
 
@@ -73,11 +73,21 @@ bench: setup
 
 SCIENTIFIC := --protocol S --modalities identity,text --set dropout=0.5 --set batch_size=128 --set weight_decay=0.05 --epochs 25
 
+# A study that is there already is read, not trained again: start it again until all are.
 results: setup
 	@test -n "$(DATA)" || { echo "DATA=folder with movielens-100k-mm and amazon-scientific is needed"; exit 1; }
-	$(BIN)/mmrec results --data "$(DATA)/amazon-scientific" $(SCIENTIFIC) --out runs/results/scientific
+	$(BIN)/mmrec results --data "$(DATA)/amazon-scientific" $(SCIENTIFIC) --peer esasrec --out runs/results/scientific
 	$(BIN)/mmrec results --data "$(DATA)/amazon-scientific" $(SCIENTIFIC) --hold-out 0.1 --out runs/results/scientific-cold
+	$(BIN)/mmrec results --data "$(DATA)/amazon-scientific" $(SCIENTIFIC) --set mask_title=true --out runs/results/scientific-masked
 	$(BIN)/mmrec results --data "$(DATA)/movielens-100k-mm" --protocol S --out runs/results/movielens
+	$(BIN)/mmrec results --data "$(DATA)/movielens-100k-mm" --protocol T --out runs/results/movielens-time
+	$(BIN)/mmrec results --data "$(DATA)/movielens-100k-mm" --protocol S --set mask_title=true --out runs/results/movielens-masked
+	for name in prompting soft-prompt-lora alignment-ablation gap prompt-adapter latency; do \
+		$(BIN)/mmrec experiment $$name --data "$(DATA)/amazon-scientific" --out runs/experiments/$$name || exit 1; \
+	done
+	for name in modality-ablation missing-modality evaluator; do \
+		$(BIN)/mmrec experiment $$name --data "$(DATA)/movielens-100k-mm" --out runs/experiments/$$name || exit 1; \
+	done
 
 # On a machine with a GPU and its own torch: builds, tests and benchmarks there; JSON goes to benchmarks/results/<device>/.
 gpu-report:

@@ -35,7 +35,6 @@ from .commands.options import (
     Settings,
     SplitSeed,
     Stage,
-    TrainingProtocol,
     TuneBackbone,
 )
 
@@ -79,8 +78,8 @@ def train(
     data: DataFolder,
     out: Annotated[Path, typer.Option(metavar="RUN", help="Folder of the run.")],
     protocol: Annotated[
-        TrainingProtocol, typer.Option(help="S leave-last-out, G random per user.")
-    ] = TrainingProtocol.S,
+        Protocol, typer.Option(help="S leave-last-out, G random per user, T global time.")
+    ] = Protocol.S,
     modalities: Modalities = "all",
     backbone: BackboneName = None,
     quantize: Quantized = Quantize.nf4,
@@ -194,9 +193,9 @@ def results(
         Path, typer.Option(metavar="FOLDER", help="Where the runs and tables go; finished runs are reused.")
     ],
     protocol: Annotated[
-        TrainingProtocol, typer.Option(help="S leave-last-out, G random per user.")
-    ] = TrainingProtocol.S,
-    seeds: Annotated[str, typer.Option(help="Comma-separated seeds, at least 3.")] = "0,1,2",
+        Protocol, typer.Option(help="S leave-last-out, G random per user, T global time.")
+    ] = Protocol.S,
+    seeds: Annotated[str, typer.Option(help="Comma-separated seeds, at least 3.")] = "0,1,2,3,4",
     modalities: Modalities = "all",
     backbone: BackboneName = None,
     quantize: Quantized = Quantize.nf4,
@@ -207,6 +206,9 @@ def results(
     layout: Layout = "auto",
     split_seed: SplitSeed = 0,
     hold_out: HoldOut = None,
+    peer: Annotated[
+        list[str] | None, typer.Option(metavar="NAME", help="A published model to train too, see peers; repeatable.")
+    ] = None,
     json_file: JsonFile = None,
     debug: Debug = False,
 ) -> None:
@@ -220,7 +222,7 @@ def results(
     )  # fmt: skip
     results_command(
         data=data, out=out, protocol=protocol.value, seeds=seeds, choices=choices, layout=layout, split_seed=split_seed,
-        hold_out=hold_out, json_file=json_file,
+        hold_out=hold_out, peers=peer or [], json_file=json_file,
     )  # fmt: skip
 
 

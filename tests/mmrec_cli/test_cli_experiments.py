@@ -263,5 +263,5 @@ def test_the_list_and_what_cannot_be(mmrec: Mmrec, generated: Path, tmp_path: Pa
     mmrec("experiment", "gap", *out, "--set", "steps=many").failed("--set steps cannot be 'many'; its default is 60")
     mmrec("experiment", "gap", *out, "--set", "examples=1,x").failed("--set examples cannot be", "'x'")
     mmrec("experiment", "gap", *out, "--set", "examples=").failed("--set examples cannot be ''; its default is 64")
-    mmrec("experiment", "gap", *out, "--set", "steps=true").failed("--set steps cannot be 'true'")
+    mmrec("experiment", "gap", *out, "--set", "steps=true").failed("--set steps cannot be True")
     mmrec("experiment", "gap", *out, "--seeds", "a").failed("--seeds", "'a'")

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import signal
 from pathlib import Path
 
 import numpy as np
+import polars as pl
 import pytest
 from cli_helpers import Mmrec, read_json
 
@@ -121,6 +123,51 @@ def test_training_under_g(mmrec: Mmrec, generated: Path, tiny: tuple[str, ...], 
     mmrec("evaluate", "--model", tmp_path / "g", "--no-floors", "--json", again).succeeded()
     assert read_json(again)["metrics"] == found["metrics"]
     mmrec("evaluate", "--model", tmp_path / "g", "--hold-out", 0.3).failed("--hold-out 0.3", "0.1")
+
+
+def test_training_under_t(mmrec: Mmrec, generated: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """Global time: what training sees was before everything that is predicted, users without a past are not asked."""
+    written = tmp_path / "t.json"
+    options = ("--data", generated, "--protocol", "T", "--modalities", "identity,table", *tiny, "--no-identity")
+    mmrec("train", *options, "--out", tmp_path / "t", "--json", written).succeeded()
+    found, expected = read_json(written), split(Catalogue.load(generated), "T")
+    assert (found["protocol"], found["split"]) == ("T", expected.id)
+    result = Result.load(tmp_path / "t" / "metrics.json")
+    assert result.rows["all"].users.tolist() == expected.users("test").tolist()
+    events = Catalogue.load(generated).interactions
+    assert events.timestamp is not None
+    last = max(events.timestamp[events.item == item].min() for item in np.flatnonzero(expected.popularity))
+    assert last < events.timestamp.max()
+    tensors = load_tensors(tmp_path / "t", "run")[0]
+    assert np.array_equal(tensors["model.trained"].numpy(), expected.popularity > 0)
+    without = tmp_path / "untimed"
+    catalogue = Catalogue.load(generated)
+    dataclasses.replace(catalogue, interactions=dataclasses.replace(catalogue.interactions, timestamp=None)).save(
+        without
+    )
+    options = ("--data", without, *options[2:])
+    mmrec("train", *options, "--out", tmp_path / "no").failed("protocol 'T' needs timestamps")
+
+
+def test_titles_can_be_masked(mmrec: Mmrec, generated: Path, tiny: tuple[str, ...], tmp_path: Path) -> None:
+    """The same items under other titles have the same vectors, where they are masked and the identity is not read."""
+    renamed = tmp_path / "renamed"
+    catalogue = Catalogue.load(generated)
+    title = catalogue.schema.title
+    items = catalogue.items.with_columns((pl.col(title) + " of Elsewhere").alias(title))
+    dataclasses.replace(catalogue, items=items).save(renamed)
+    vectors = {}
+    for name, folder in {"own": generated, "other": renamed}.items():
+        for masked in ("true", "false"):
+            out = tmp_path / f"{name}-{masked}"
+            mmrec(
+                "train", "--data", folder, "--modalities", "text", "--out", out, *tiny, "--set", f"mask_title={masked}",
+                "--no-identity", "--no-floors",
+            ).succeeded()  # fmt: skip
+            vectors[name, masked] = load_tensors(out, "run")[0]["items.vectors"].numpy()
+    assert np.array_equal(vectors["own", "true"], vectors["other", "true"])
+    assert not np.allclose(vectors["own", "false"], vectors["other", "false"])
+    assert not np.allclose(vectors["own", "true"], vectors["own", "false"])
 
 
 def test_recommend_for_a_user(mmrec: Mmrec, trained: Path, generated: Path, tmp_path: Path) -> None:

@@ -28,9 +28,10 @@ def test_results_pairs_seeds_and_reuses_finished_runs(
 ) -> None:
     out, written = tmp_path / "study", tmp_path / "study.json"
     options = ("--data", generated, "--out", out, *tiny, *SHORT)
+    options += ("--seeds", "0,1,2", "--peer", "bpr")
     line = mmrec("results", *options, "--json", written).succeeded()
     found = read_json(written)
-    names = ["identity+table", "identity-only", "table"]
+    names = ["identity+table", "identity-only", "table", "bpr"]
     assert list(found["runs"]) == names and found["seed"] == [0, 1, 2] and found["model"] == names[0]
     whole, plain = (
         [Result.load(out / name / f"seed-{seed}" / "metrics.json") for seed in (0, 1, 2)] for name in names[:2]
@@ -39,7 +40,10 @@ def test_results_pairs_seeds_and_reuses_finished_runs(
     shown = found["differences"]["identity-only"]["NDCG@10"]
     assert (shown["mean"], shown["low"], shown["high"], shown["seeds"]) == (paired.mean, paired.low, paired.high, 3)
     assert {"most-popular", "item-knn", "item-knn-20"} <= set(found["models"])
-    assert set(found["cold"]) == {"cold-among-all", "cold-among-cold"}
+    assert set(found["groups"]) == {"warm", "cold-among-all", "cold-among-cold"} == set(found["group_differences"])
+    for group, models in found["groups"].items():
+        apart = found["group_differences"][group]["identity-only"]["HR@10"]["mean"]
+        assert apart == pytest.approx(models[names[0]]["HR@10"]["mean"] - models["identity-only"]["HR@10"]["mean"])
     text = (out / "results.md").read_text(encoding="utf-8")
     assert str(paired) in text and "identity+table − identity-only" in line.out
     assert "what each modality brings" in (out / "report.html").read_text(encoding="utf-8")
@@ -49,6 +53,7 @@ def test_results_pairs_seeds_and_reuses_finished_runs(
 
     monkeypatch.setattr(runs.TrainedRun, "evaluate", never)
     monkeypatch.setattr("mmrec.recommender.training.train", never)
+    monkeypatch.setattr("mmrec.peers.fit_pairwise", never)
     again = tmp_path / "again.json"
     mmrec("results", *options, "--json", again).succeeded()
     assert read_json(again) == found

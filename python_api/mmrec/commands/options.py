@@ -17,13 +17,6 @@ class Protocol(str, Enum):
     T = "T"
 
 
-class TrainingProtocol(str, Enum):
-    """The protocols that a model is trained under."""
-
-    S = "S"
-    G = "G"
-
-
 class Stage(str, Enum):
     """Which held-out part is predicted."""
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -16,6 +15,7 @@ from .evaluate import SHOWN, figures, with_metrics
 from .rankers import evaluate_floor, floor_names
 from .results import print_means, seeds_of
 from .runs import cache_folder
+from .typed import parse_settings
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from ..peers.training import FitConfig
     from .settings import Choices
 
-__all__ = ["NAMES", "peers_command"]
+__all__ = ["NAMES", "Peers", "peers_command"]
 
 
 @dataclass(frozen=True)
@@ -68,32 +68,20 @@ def peers_command(
     split_seed: int, hold_out: float | None, json_file: Path | None,
 ) -> None:  # fmt: skip
     """See ``mmrec peers --help``. `choices` has the options of the content, and the settings of models and training."""
-    from ..evaluation import evaluate, interval
+    from ..evaluation import interval
 
     numbers = seeds_of(seeds, fewest=1)
-    _check_names(models)
     read = load_data(data, protocol, layout=layout, split_seed=split_seed, hold_out=hold_out)
-    makers = _Makers(read, choices)
-    names = list(models) or makers.possible()
-    given = _parsed(choices.settings, names)
-    chosen = {name: _settings(name, given) for name in names}
+    peers = Peers(read, choices, models)
     say(f"{read.catalogue!r}, protocol {read.split.protocol}: {read.split.origin}")
-    metrics = with_metrics(SHOWN)
-    results = {name: evaluate_floor(name, read, metrics=metrics) for name in floor_names(None)}
+    results = {name: evaluate_floor(name, read, metrics=with_metrics(SHOWN)) for name in floor_names(None)}
     trained: dict[str, list[Result]] = {}
     facts: dict[str, list[dict[str, Any]]] = {}
-    for name, (own, training) in chosen.items():
+    for name in peers.names:
         for seed in numbers:
-            config = dataclasses.replace(training, seed=seed)
-            fitted, seconds = _fit(name, makers.maker(name, own), config, read)
-            found = evaluate(
-                fitted, read.split, model=name, dataset=read.catalogue.name, fingerprint=read.fingerprint, seed=seed,
-                metrics=metrics, groups=False,
-            )  # fmt: skip
-            trained.setdefault(name, []).append(found)
-            facts.setdefault(name, []).append(
-                {"seed": seed, "best_epoch": fitted.best_epoch, "seconds": seconds, **own, **dataclasses.asdict(config)}
-            )
+            result, told = peers.result(name, seed)
+            trained.setdefault(name, []).append(result)
+            facts.setdefault(name, []).append(told)
     every = {**trained, **{name: [floor] for name, floor in results.items()}}
     means = {name: {metric: interval(entry, metric) for metric in SHOWN} for name, entry in every.items()}
     first = next(iter(results.values()))
@@ -104,6 +92,53 @@ def peers_command(
         "models": {name: figures(values) for name, values in means.items()}, "training": facts,
     }  # fmt: skip
     write_json(json_file, content)
+
+
+class Peers:
+    """Trains and evaluates peers on one split.
+
+    Args:
+        data, choices: what they learn from; `choices` has the options of the content, and settings of models and
+            training.
+        models: which; none: all that the data has enough for.
+
+    Attributes:
+        names: which.
+
+    Raises:
+        ValueError: a name or setting that there is not.
+    """
+
+    def __init__(self, data: Data, choices: Choices, models: Sequence[str]) -> None:
+        for name in models:
+            if name not in NAMES:
+                raise ValueError(f"--model: there are {', '.join(NAMES)}; got {name!r}")
+        self.data = data
+        self._makers = _Makers(data, choices)
+        self.names: list[str] = list(models) or self._makers.possible()
+        given = _parsed(choices.settings, self.names)
+        self._settings = {name: _settings(name, given) for name in self.names}
+
+    def identity(self, name: str, seed: int) -> dict[str, Any]:
+        """What decides the result of :meth:`result`, as JSON values."""
+        own, training = self._settings[name]
+        config = {**own, **dataclasses.asdict(dataclasses.replace(training, seed=seed))}
+        content = {"content": self._makers.content()} if NAMES[name].reads == "content" else {}
+        return {"model": name, "config": config, "split": self.data.split.id, "data": self.data.fingerprint, **content}
+
+    def result(self, name: str, seed: int) -> tuple[Result, dict[str, Any]]:
+        """The test result, and the facts of the training."""
+        from ..evaluation import evaluate
+
+        own, training = self._settings[name]
+        config = dataclasses.replace(training, seed=seed)
+        fitted, seconds = _fit(name, self._makers.maker(name, own), config, self.data)
+        found = evaluate(
+            fitted, self.data.split, model=name, dataset=self.data.catalogue.name, fingerprint=self.data.fingerprint,
+            seed=seed, metrics=with_metrics(SHOWN),
+        )  # fmt: skip
+        facts = {"seed": seed, "best_epoch": fitted.best_epoch, "seconds": seconds}
+        return found, {**facts, **own, **dataclasses.asdict(config)}
 
 
 def _fit(name: str, make: Callable[[], Any], config: FitConfig, data: Data) -> tuple[Fitted | FittedSequence, float]:
@@ -132,6 +167,12 @@ class _Makers:
         reads = {"identities"} | ({"content"} if self._modalities else set())
         reads |= {"order"} if self.data.split.protocol != "G" else set()
         return [name for name, peer in NAMES.items() if peer.reads in reads]
+
+    def content(self) -> dict[str, Any]:
+        """What is read of the items and how, as JSON values."""
+        config = self.choices.config_of_content(self.data.catalogue).to_dict()
+        read = ("backbone", "quantize", "text_max_length", "image_size", "image_patch", "mask_title")
+        return {"modalities": list(self._modalities), **{name: config[name] for name in read}}
 
     def maker(self, name: str, own: Mapping[str, Any]) -> Callable[[], Any]:
         """Of the model; ``ValueError`` where the data has not what it reads."""
@@ -181,12 +222,6 @@ class _Makers:
         return [content.inputs.tokens[name].mean() for name in self._modalities]
 
 
-def _check_names(models: Sequence[str]) -> None:
-    for name in models:
-        if name not in NAMES:
-            raise ValueError(f"--model: there are {', '.join(NAMES)}; got {name!r}")
-
-
 def _parsed(settings: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
     """``--set NAME=VALUE`` as values of the type that the defaults have."""
     from ..peers import PairwiseConfig
@@ -195,31 +230,7 @@ def _parsed(settings: Sequence[str], models: Sequence[str]) -> dict[str, Any]:
         entry.name: entry.default for entry in dataclasses.fields(PairwiseConfig) if entry.name != "seed"
     }
     known |= {key: value for name in models for key, value in NAMES[name].own.items()}
-    found: dict[str, Any] = {}
-    for entry in settings:
-        key, equals, text = entry.partition("=")
-        if not equals or key not in known:
-            raise ValueError(
-                f"--set needs NAME=VALUE with one of {', '.join(sorted(known))} for {', '.join(models)}, got {entry!r}"
-            )
-        try:
-            value = json.loads(text)
-        except ValueError:
-            value = text
-        found[key] = _typed(key, value, known[key])
-    return found
-
-
-def _typed(key: str, value: Any, default: Any) -> Any:
-    if default is None:  # shares
-        good = value is None or (isinstance(value, list) and all(isinstance(entry, int | float) for entry in value))
-    elif isinstance(default, float):
-        good = isinstance(value, int | float) and not isinstance(value, bool)
-    else:
-        good = type(value) is type(default)
-    if not good:
-        raise ValueError(f"--set {key} cannot be {value!r}; its default is {json.dumps(default)}")
-    return float(value) if isinstance(default, float) else value
+    return parse_settings(settings, known, ", ".join(models))
 
 
 def _settings(name: str, settings: Mapping[str, Any]) -> tuple[dict[str, Any], FitConfig]:

@@ -1,4 +1,5 @@
-"""``mmrec results``: multimodal, identity-only and each modality alone over several seeds, with paired intervals.
+"""``mmrec results``: multimodal, identity-only and each modality alone over several seeds, with paired intervals; peers
+beside them, if asked for.
 
 One folder per model and seed, ``OUT/<model>/seed-<n>``. Finished ones are reused as long as data, split and config are
 the same; an interrupted one goes on from its checkpoint.
@@ -7,14 +8,15 @@ the same; an interrupted one goes on from its checkpoint.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .console import print_rows, say, write_json
 from .data import Data, load_data
 from .evaluate import SHOWN, differences, figures, print_differences, with_metrics
+from .kept import kept_result
 from .rankers import evaluate_floor, floor_names
 from .runs import Source, fit
 from .settings import Choices, label, only
@@ -22,13 +24,14 @@ from .settings import Choices, label, only
 if TYPE_CHECKING:
     from ..evaluation import Interval, Result
     from ..recommender.config import RecommenderConfig
+    from .peers import Peers
 
     Figures = Mapping[str, Mapping[str, Interval]]
 
 __all__ = ["Study", "print_means", "results_command", "seeds_of", "variants"]
 
 _FEWEST_SEEDS = 3
-_COLD = ("cold-among-all", "cold-among-cold")
+_GROUPS = ("warm", "cold-among-all", "cold-among-cold")
 
 
 def results_command(
@@ -41,14 +44,18 @@ def results_command(
     layout: str,
     split_seed: int,
     hold_out: float | None,
+    peers: Sequence[str],
     json_file: Path | None,
 ) -> None:
     """See ``mmrec results --help``."""
+    from .peers import Peers
+
     numbers = seeds_of(seeds)
     read = load_data(data, protocol, layout=layout, split_seed=split_seed, hold_out=hold_out)
     configs = variants(choices.config(read.catalogue, numbers[0]))
+    beside = Peers(read, replace(choices, settings=()), peers) if peers else None
     source = Source(data.absolute(), layout, protocol, split_seed, hold_out)
-    study = _run_all(read, configs, numbers, out, source)
+    study = _run_all(read, configs, beside, numbers, out, source)
     study.print()
     content = study.to_dict()
     write_json(out / "results.json", content)
@@ -66,8 +73,8 @@ def variants(config: RecommenderConfig) -> list[RecommenderConfig]:
 
 @dataclass(frozen=True, eq=False)
 class Study:
-    """The finished runs. ``results`` has one result per seed for each model, the first model being the one in question;
-    ``floors`` are models without randomness."""
+    """The finished runs. ``results`` has one result per seed for each model, the first model being the one in question,
+    peers the last; ``floors`` are models without randomness."""
 
     data: Data
     seeds: Sequence[int]
@@ -93,10 +100,23 @@ class Study:
         return {name: differences(self.results[self.model], other, SHOWN) for name, other in others.items()}
 
     @cached_property
-    def cold(self) -> Mapping[str, Figures]:
-        """:attr:`means` for targets that training never saw; empty where there are none."""
-        found = {group: self._intervals(group) for group in _COLD}
-        return {group: figures for group, figures in found.items() if figures}
+    def groups(self) -> Mapping[str, Figures]:
+        """:attr:`means` for targets that training never saw, and for the others; empty where there are none of the
+        first."""
+        found = {group: self._intervals(group) for group in _GROUPS}
+        return {group: figures for group, figures in found.items() if figures} if found[_GROUPS[1]] else {}
+
+    @cached_property
+    def compared_groups(self) -> Mapping[str, Figures]:
+        """:attr:`compared` in each of the :attr:`groups`."""
+        from ..evaluation import compare
+
+        others: dict[str, Result | Sequence[Result]] = {**self.results, **self.floors}
+        mine = others.pop(self.model)
+        return {
+            group: {name: {m: compare(mine, other, m, row=group) for m in SHOWN} for name, other in others.items()}
+            for group in self.groups
+        }
 
     def _intervals(self, group: str) -> Figures:
         from ..evaluation import interval
@@ -114,9 +134,9 @@ class Study:
         title = f"{first.dataset} ({first.fingerprint[:12]}), protocol {first.protocol}, test, masked: {first.mask}"
         print_means("model", self.means, f"{title}; seeds {', '.join(map(str, self.seeds))}")
         print_differences(self.model, self.compared, SHOWN)
-        for group, found in self.cold.items():
-            users = found[self.model][SHOWN[0]].users
-            print_means(group, found, f"{users} users whose target was never seen in training")
+        for group, found in self.groups.items():
+            print_means(group, found, f"{found[self.model][SHOWN[0]].users} users, {group}")
+            print_differences(self.model, self.compared_groups[group], SHOWN)
 
     def to_dict(self) -> dict[str, Any]:
         """Everything as JSON values."""
@@ -134,7 +154,8 @@ class Study:
             "metrics": {metric: value.mean for metric, value in self.means[self.model].items()},
             "models": {name: figures(values) for name, values in self.means.items()},
             "differences": {name: figures(values) for name, values in self.compared.items()},
-            "cold": {group: {name: figures(v) for name, v in found.items()} for group, found in self.cold.items()},
+            "groups": _named(self.groups),
+            "group_differences": _named(self.compared_groups),
             "runs": {name: [result.to_dict() for result in entry] for name, entry in self.results.items()},
         }
 
@@ -145,18 +166,21 @@ class Study:
             f"## {first.dataset}, protocol {first.protocol}",
             "",
             f"Fingerprint `{first.fingerprint[:12]}`, {self.data.split.origin}; all items ranked, masked: "
-            f"{first.mask}; seeds {', '.join(map(str, self.seeds))}; {len(first.rows['all'].users)} users. "
+            f"{first.mask}; seeds {', '.join(map(str, self.seeds))}; {len(first.rows['all'].users)} users"
+            f"{', titles masked' if self.config.mask_title else ''}. "
             "Mean [95 % bootstrap interval over users and seeds].",
             "",
             *_markdown_table("model", self.means, _bounds),
             "",
             f"Paired differences, {self.model} minus the other model (* the interval excludes 0):",
             "",
-            *_markdown_table("minus", self.compared, lambda value: f"{value}{' *' if value.excludes_zero else ''}"),
+            *_markdown_table("minus", self.compared, _starred),
         ]
-        for group, found in self.cold.items():
+        for group, found in self.groups.items():
             lines += ["", f"{group}, {found[self.model][SHOWN[0]].users} users:", ""]
             lines += _markdown_table("model", found, _bounds)
+            lines += ["", f"{group}, {self.model} minus the other model:", ""]
+            lines += _markdown_table("minus", self.compared_groups[group], _starred)
         return "\n".join(lines) + "\n"
 
     def write_report(self, path: Path) -> None:
@@ -181,11 +205,13 @@ class Study:
 
 
 def _run_all(
-    data: Data, configs: Sequence[RecommenderConfig], seeds: Sequence[int], out: Path, source: Source
-) -> Study:
+    data: Data, configs: Sequence[RecommenderConfig], peers: Peers | None, seeds: Sequence[int], out: Path,
+    source: Source,
+) -> Study:  # fmt: skip
     """Trains what is not there yet, seed by seed, so that an interrupted study has whole seeds."""
     metrics = with_metrics(SHOWN)
-    results: dict[str, list[Result]] = {label(config): [] for config in configs}
+    names = [] if peers is None else peers.names
+    results: dict[str, list[Result]] = {name: [] for name in [*map(label, configs), *names]}
     for number, seed in enumerate(seeds, 1):
         for config in configs:
             name = label(config)
@@ -193,8 +219,20 @@ def _run_all(
             folder = out / name / f"seed-{seed}"
             run = fit(data, config.replace(seed=seed), folder, source, resume=True, metrics=metrics)
             results[name].append(run.result)
+        for name in names:
+            assert peers is not None
+            path = out / name / f"seed-{seed}" / "metrics.json"
+            results[name].append(kept_result(path, peers.identity(name, seed), partial(_peer, peers, name, seed)))
     floors = {name: evaluate_floor(name, data, metrics=metrics) for name in floor_names(None)}
     return Study(data, seeds, configs[0], results, floors)
+
+
+def _peer(peers: Peers, name: str, seed: int) -> Result:
+    return peers.result(name, seed)[0]
+
+
+def _named(groups: Mapping[str, Figures]) -> dict[str, Any]:
+    return {group: {name: figures(values) for name, values in found.items()} for group, found in groups.items()}
 
 
 def seeds_of(text: str, fewest: int = _FEWEST_SEEDS) -> list[int]:
@@ -206,6 +244,10 @@ def seeds_of(text: str, fewest: int = _FEWEST_SEEDS) -> list[int]:
     if len(set(numbers)) != len(numbers) or len(numbers) < fewest or min(numbers) < 0:
         raise ValueError(f"--seeds needs at least {fewest} different seeds ≥ 0, got {text!r}")
     return numbers
+
+
+def _starred(value: Interval) -> str:
+    return f"{value}{' *' if value.excludes_zero else ''}"
 
 
 def _bounds(value: Interval) -> str:

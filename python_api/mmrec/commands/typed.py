@@ -37,7 +37,7 @@ def parse_settings(entries: Sequence[str], known: Mapping[str, Any], owner: str)
 
 
 def _typed(key: str, text: str, default: Any) -> Any:
-    """``text`` as what ``default`` is; where that is None, text or null."""
+    """``text`` as what ``default`` is; where that is None, text, null or a list of numbers."""
     if isinstance(default, str) and text:
         return text
     try:
@@ -45,11 +45,12 @@ def _typed(key: str, text: str, default: Any) -> Any:
     except ValueError:
         value = text
     if default is None:
-        good = value is None or isinstance(value, str) and value
+        numbers = isinstance(value, list) and all(type(entry) in (int, float) for entry in value)
+        good = value is None or isinstance(value, str) and value or numbers
     elif isinstance(default, float):
         good = isinstance(value, int | float) and not isinstance(value, bool)
     else:
         good = type(value) is type(default) and not isinstance(default, str)
     if not good:
-        raise ValueError(f"--set {key} cannot be {text!r}; its default is {json.dumps(default)}")
+        raise ValueError(f"--set {key} cannot be {value!r}; its default is {json.dumps(default)}")
     return float(value) if isinstance(default, float) else value

@@ -45,6 +45,8 @@ class RecommenderConfig:
     Modalities:
         modalities: any of "identity", "text", "image", "table" and the names of the catalogue's feature files. Those
             that the catalogue does not have are an error. ("identity",) alone is the identity-only sequential model.
+        mask_title: texts without the title, and without its mention in other columns: what a model knows by heart of
+            famous titles then stays out.
         text_level: "fields", one pooled vector per text field, or "tokens", the first `tokens_per_text` token vectors.
         backbone: folder or name of the language model, None for MiniLM; `quantize` "nf4" or None; `lora_rank` 0 = no
             adapter; `text_max_length` tokens read per text.
@@ -81,6 +83,7 @@ class RecommenderConfig:
     """
 
     modalities: tuple[str, ...] = (IDENTITY, "text", "image", "table")
+    mask_title: bool = False
     text_level: str = "fields"
     tokens_per_text: int = 16
     backbone: str | None = None

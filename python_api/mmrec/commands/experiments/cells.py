@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..console import say, status
 from ..data import Data
 from ..evaluate import with_metrics
+from ..kept import kept_result
 from .base import Context, Table, limit_users, means
 
 if TYPE_CHECKING:
@@ -62,18 +61,17 @@ class Cells:
         return [self._one(name, dataclasses.replace(config, seed=seed), most) for seed in self.context.seeds]
 
     def _one(self, name: str, config: PromptedConfig, most: int | None) -> Result:
-        from ...evaluation import Result, evaluate
-        from ...files import write_atomic
-        from ...recommender.prompted import PromptedRecommender
-
-        folder: Path = self.context.out / "cells" / name.replace(" ", "-")
-        path, said = folder / f"seed-{config.seed}.json", folder / f"seed-{config.seed}.config.json"
         identity = {
             "config": dataclasses.asdict(config), "examples": most, "split": self.split.id,
             "fingerprint": self.data.fingerprint,
         }  # fmt: skip
-        if path.is_file() and said.is_file() and json.loads(said.read_text(encoding="utf-8")) == identity:
-            return Result.load(path)
+        path = self.context.out / "cells" / name.replace(" ", "-") / f"seed-{config.seed}.json"
+        return kept_result(path, identity, lambda: self._computed(name, config, most))
+
+    def _computed(self, name: str, config: PromptedConfig, most: int | None) -> Result:
+        from ...evaluation import evaluate
+        from ...recommender.prompted import PromptedRecommender
+
         with status(f"{name}, seed {config.seed}"):
             model = PromptedRecommender(config, self.texts)
             model.fit(self._of(config.history, most, config.seed))
@@ -81,8 +79,6 @@ class Cells:
                 model, self.split, model=name, dataset=self.data.catalogue.name, fingerprint=self.data.fingerprint,
                 metrics=with_metrics(METRICS), seed=config.seed, groups=False,
             )  # fmt: skip
-        result.save(path)
-        write_atomic(said, json.dumps(identity).encode())
         say(f"{name}, seed {config.seed}: NDCG@10 {result.metrics['NDCG@10']:.4f}, {model.num_trained} numbers trained")
         return result
 

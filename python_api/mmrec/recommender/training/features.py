@@ -92,7 +92,8 @@ def prepare_content(
     made = Recipe(catalogue.schema) if recipe is None else recipe
     for name in config.content:
         if name == "text":
-            fields = text_fields(catalogue, None if recipe is None else recipe.fields)
+            names = None if recipe is None else recipe.fields
+            fields = text_fields(catalogue, names, mask_title=bool(config.mask_title))
             made = replace(made, fields=tuple(field[0] for field in fields))
             backbone = load_backbone(config) if backbone is None else backbone
             tokens[name], texts, kinds[name] = _text(catalogue, config, fields, backbone, cache)
@@ -120,17 +121,22 @@ def load_backbone(config: RecommenderConfig) -> Backbone:
     )
 
 
-def text_fields(catalogue: Catalogue, names: Sequence[str] | None = None) -> list[tuple[str, list[str], np.ndarray]]:
+def text_fields(
+    catalogue: Catalogue, names: Sequence[str] | None = None, *, mask_title: bool = False
+) -> list[tuple[str, list[str], np.ndarray]]:
     """``(name, texts, mask)`` per field: every text column on its own, then all other columns as "column: value".
 
-    ``names``: these, in this order, whatever they hold; None: those that hold anything.
+    Args:
+        names: these, in this order, whatever they hold; None: those that hold anything.
+        mask_title: without the title, and without its mention in other columns.
     """
     from ...adaptation import TextTemplate, item_texts
 
     schema = catalogue.schema
-    templates: dict[str, TextTemplate | str] = {column: TextTemplate(columns=(column,)) for column in schema.text}
+    templates = {column: TextTemplate(columns=(column,), mask_title=mask_title) for column in schema.text}
     if schema.categorical or schema.multi or schema.numeric:
-        templates[TABLE_FIELD] = "table"
+        table = schema.categorical + schema.multi + schema.numeric
+        templates[TABLE_FIELD] = TextTemplate(columns=table, mask_title=mask_title)
     wanted = templates if names is None else names
     fields = [(name, *item_texts(catalogue, template=templates[name])) for name in wanted]
     return [field for field in fields if names is not None or field[2].any()]
@@ -146,7 +152,8 @@ def _text(
     from ...llm import EmbeddingCache
 
     if not fields:
-        raise ValueError(f"modality 'text': {catalogue.name!r} has no text")
+        beside = " beside the title, which is masked" if config.mask_title else ""
+        raise ValueError(f"modality 'text': {catalogue.name!r} has no text{beside}")
     settings: dict[str, Any] = {} if cache is None else {"cache": EmbeddingCache(cache)}
     if config.text_level == "tokens":
         return _token_text(catalogue, config, backbone, settings), None, 1
@@ -163,7 +170,7 @@ def _token_text(
 ) -> Tokens:
     from ...adaptation import item_texts
 
-    texts, mask = item_texts(catalogue)
+    texts, mask = item_texts(catalogue, template="masked" if config.mask_title else "full")
     budget = int(config.tokens_per_text)
     found = backbone.encode(
         [t for t, m in zip(texts, mask, strict=True) if m], pooling="tokens", token_budget=budget, **settings
