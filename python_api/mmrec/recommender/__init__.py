@@ -4,11 +4,13 @@ from .batches import Batch, epoch_batches, num_batches
 from .config import IDENTITY, RecommenderConfig
 from .inputs import ItemInputs, ItemSpec, TableSpec, TokenSpec
 from .item_tower import ItemOutput, ItemTower
+from .judging import LLMJudge
 from .latency import calibrate
 from .model import Answers, ItemVectors, Recommender
 from .objective import Losses, Objective
 from .online import Answer, OnlineRecommender, Reranker
 from .planning import Costs, How, Plan
+from .prompted import Examples, PromptedConfig, PromptedRecommender
 from .rerank import LLMReranker
 from .store import ItemStore
 from .user_tower import UserTower
@@ -18,9 +20,13 @@ __all__ = [
     "Answer",
     "Answers",
     "Batch",
+    "Examples",
     "Reranker",
+    "LLMJudge",
     "LLMReranker",
     "Plan",
+    "PromptedConfig",
+    "PromptedRecommender",
     "How",
     "Costs",
     "ItemInputs",
