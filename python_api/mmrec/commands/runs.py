@@ -305,7 +305,9 @@ def _existing(folder: Path, identity: dict[str, Any], resume: bool) -> TrainedRu
         run = open_run(folder)
         if not resume:
             raise ValueError(f"{folder} holds a finished run; choose another folder for --out")
-        different = sorted(name for name, value in identity.items() if run.facts.get(name) != value)
+        # A field that came later has its default in a run of before.
+        facts = {**run.facts, "config": run.config.to_dict()}
+        different = sorted(name for name, value in identity.items() if facts.get(name) != value)
         if different:
             raise ValueError(
                 f"{folder} holds a finished run with another {', '.join(different)}; choose another folder"
