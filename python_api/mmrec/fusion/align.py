@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from mmrec_kernels import info_nce_pairs
 
+from ..bottleneck import Adapter
 from .gaussian import GaussianCoders, divergence
 from .masked import distinct, given, masked_mean, relative_error
 
@@ -26,30 +27,6 @@ __all__ = [
 ]
 
 _MAX_SCALE = 100.0
-
-
-class Adapter(nn.Module):
-    """x + W_up GELU(W_down LayerNorm(x)), at first the identity (Houlsby et al., 2019, arXiv:1902.00751).
-
-    Args:
-        width: d.
-        inner: width of the bottleneck; None: d / 8, at least 1.
-    """
-
-    def __init__(self, width: int, inner: int | None = None) -> None:
-        super().__init__()
-        inner = max(width // 8, 1) if inner is None else inner
-        if inner < 1:
-            raise ValueError(f"inner must be at least 1, got {inner}")
-        self.norm = nn.LayerNorm(width)
-        self.down = nn.Linear(width, inner)
-        self.up = nn.Linear(inner, width)
-        nn.init.zeros_(self.up.weight)
-        nn.init.zeros_(self.up.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """`[..., d]` to `[..., d]`."""
-        return x + self.up(F.gelu(self.down(self.norm(x))))
 
 
 class ModalityAlignment(nn.Module):

@@ -14,6 +14,7 @@ from .packed import Prefix
 from .scorer import YesNoScorer
 from .semantic_ids import SemanticIds
 from .semantic_model import SemanticIdModel
+from .slots import ModalitySlots, Slot, SlotSpec
 from .soft_prompt import SoftPrompt
 from .swap import Swap, SwappedLayer, swap_kernels
 from .trie import Trie
@@ -32,6 +33,9 @@ __all__ = [
     "SemanticIdModel",
     "SemanticIds",
     "SoftPrompt",
+    "ModalitySlots",
+    "Slot",
+    "SlotSpec",
     "Swap",
     "SwappedLayer",
     "TextGenerator",

