@@ -10,7 +10,7 @@ import torch
 from test_scorer import _save
 
 from mmrec.llm import Backbone, CatalogueDecoder, LikelihoodScorer, Trie, beam_search, valid_ratio
-from mmrec.llm.encode import tokenize
+from mmrec.llm.tokenizing import tokenize
 
 PROMPTS = ["red blue green shoe hat", "s", "the star war film of old night and new hat"]
 TITLES = [" red", " red hat", " blue film", " red", " star war", " star", " phone with a hat", " red hat night"]

@@ -7,7 +7,7 @@ import torch
 from swap_models import relative
 
 from mmrec.llm import Backbone, Prefix, packed
-from mmrec.llm.encode import tokenize
+from mmrec.llm.tokenizing import tokenize
 
 transformers = pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmrec.llm import Backbone, ModalitySlots, Slot, SlotSpec
-from mmrec.llm.encode import tokenize
+from mmrec.llm.tokenizing import tokenize
 
 WIDTH = 6
 LAYOUTS = ("packed", "exact", "padded")

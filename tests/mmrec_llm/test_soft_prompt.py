@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from mmrec.llm import Backbone, SoftPrompt
-from mmrec.llm.encode import tokenize
+from mmrec.llm.tokenizing import tokenize
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")

@@ -13,10 +13,11 @@ from torch import Tensor, nn
 from .adapters import AdapterSets
 from .attention import attention_dropout, implementations, register_attention
 from .bottleneck import AdapterConfig
-from .encode import check_texts, encode_prefix, encode_texts, tokenize
+from .encode import encode_prefix, encode_texts
 from .encoded import Encoded
 from .extras import KERNELS, quiet_transformers
 from .fingerprint import ModelHash, tokenizer_hash
+from .layers import encode_layers
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import ADAPTER, LoRAConfig
 from .packed import Prefix, check_rows, packed_forward, padded_forward, why_not_packed, without_cache
@@ -24,6 +25,7 @@ from .quantize import keep_unpacked, quantized_linears
 from .slots import BoundSlots, Pieces
 from .soft_prompt import Ids, SoftPrompt
 from .swap import Swap, swap_kernels
+from .tokenizing import check_texts, tokenize
 from .tuning import check_trainable, chosen
 
 if TYPE_CHECKING:
@@ -227,6 +229,26 @@ class Backbone(AdapterSets):
             order += own
         return Encoded.concat(parts).select(torch.tensor(order, dtype=torch.int64).argsort())
 
+    def encode_layers(
+        self,
+        texts: Sequence[str],
+        layers: int | Sequence[int],
+        *,
+        pooling: str = "mean",
+        batch_tokens: int = 4096,
+        progress: bool = True,
+        cache: EmbeddingCache | None = None,
+        template_version: str = "",
+    ) -> Tensor:
+        """Hidden states of several layers, pooled per text, without a graph: float32 `[n, L, d]` on the CPU.
+
+        What a `SideNetwork` trains on; see `mmrec.llm.layers.encode_layers`.
+        """
+        return encode_layers(
+            self, texts, layers, pooling=pooling, batch_tokens=batch_tokens, progress=progress, cache=cache,
+            template_version=template_version,
+        )  # fmt: skip
+
     def forward_tokens(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Last hidden states `[B, L, d]`, differentiable in the adapter.
 
@@ -259,6 +281,7 @@ class Backbone(AdapterSets):
         prefix: Prefix | None = None,
         counts: Tensor | None = None,
         adapters: Sequence[str | None] | None = None,
+        layers: Sequence[int] | None = None,
     ) -> Tensor:
         """Last hidden states `[T, d]` of n texts one after another, differentiable in the adapter and `inputs_embeds`.
 
@@ -271,6 +294,7 @@ class Backbone(AdapterSets):
                 None: all from the only one.
             adapters: names, or None for none, `[n]`: which adapter reads each text; several only where
                 `why_not_together` is None. None: the one in use reads all.
+            layers: hidden states of these blocks instead, side by side, `[T, L · d]` (see `encode_layers`).
 
         Raises:
             ValueError: a layout, prefix or adapters that the model cannot take, or more positions than the model has.
@@ -283,10 +307,13 @@ class Backbone(AdapterSets):
             raise ValueError(f"layout: this backbone cannot take packed texts: {self.why_not_packed}")
         with self.rows_under(adapters, offsets, packed=packed):
             if not packed:
-                return padded_forward(self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds)
+                return padded_forward(
+                    self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds, layers=layers
+                )
             return packed_forward(
-                self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=prefix, counts=counts
-            )
+                self.model, offsets, input_ids=input_ids, inputs_embeds=inputs_embeds, prefix=prefix, counts=counts,
+                layers=layers,
+            )  # fmt: skip
 
     @property
     def why_not_packed(self) -> str | None:

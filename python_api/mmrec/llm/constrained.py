@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from .beam import Decoded, beam_search
-from .encode import check_texts
 from .head import output_layer
 from .loading import resolve_source
 from .reading import inference, need_prefixes, read_texts, token_ids
+from .tokenizing import check_texts
 from .trie import Trie
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch import Tensor
 from .encoded import Encoded
 from .extras import progress_bar
 from .packed import Prefix, packed_forward
-from .slots import BoundSlots, Pieces, Slot, tokenize_pieces
+from .slots import BoundSlots, Pieces
+from .tokenizing import check_texts, token_ids
 
 if TYPE_CHECKING:
     from .backbone import Backbone
@@ -28,7 +29,6 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("packed", "exact", "padded")
 POOLINGS = ("mean", "weighted", "last", "cls", "tokens")
-_TOKENIZE_CHUNK = 4096
 
 
 class _Job(NamedTuple):
@@ -137,7 +137,7 @@ def encode_prefix(
     try:
         if backbone.why_not_packed is not None:
             raise ValueError(f"prefix: this backbone cannot take packed texts: {backbone.why_not_packed}")
-        ids = _token_ids(backbone, texts, slots, special=behind is None, most=backbone.max_length)
+        ids = token_ids(backbone, texts, slots, special=behind is None, most=backbone.max_length)
         if not ids or not all(ids):
             raise ValueError("texts: a prefix must have a token, got an empty one")
         if behind is not None and len(behind) != len(ids):
@@ -325,7 +325,7 @@ def _jobs(
         room -= soft_prompt.length
     elif soft_ids is not None:
         raise ValueError("soft_ids go with soft_prompt, got them without one")
-    ids = _token_ids(backbone, texts, slots, special=prefix is None, most=room)
+    ids = token_ids(backbone, texts, slots, special=prefix is None, most=room)
     chosen = _prefix_ids(len(ids), prefix, prefix_ids)
     names = backbone.adapters_of(adapters, len(ids))
     return [_Job(tuple(row), tuple(s), p, a or "") for row, s, p, a in zip(ids, soft, chosen, names, strict=True)]
@@ -344,41 +344,6 @@ def _prefix_ids(n: int, prefix: Prefix | None, given: Sequence[int] | Tensor | N
     if len(ids) != n or not all(isinstance(i, int) and 0 <= i < len(prefix) for i in ids):
         raise ValueError(f"prefix_ids must be {n} integers in [0, {len(prefix)}), got {ids[:8]}")
     return ids
-
-
-def _token_ids(
-    backbone: Backbone, texts: Sequence[Pieces], slots: BoundSlots | None, *, special: bool, most: int
-) -> list[list[int]]:
-    if slots is not None:
-        slots.check_fits(backbone.input_width)
-        return tokenize_pieces(backbone, texts, slots, special=special, most=most)
-    return tokenize(backbone, texts, special=special, most=most)  # type: ignore[arg-type]  # checked: they are strings
-
-
-def tokenize(backbone: Backbone, texts: Sequence[str], *, special: bool, most: int | None = None) -> list[list[int]]:
-    """Token ids of each text, at most `most` or `backbone.max_length`, with the tokenizer's special ones or without."""
-    ids: list[list[int]] = []
-    for start in range(0, len(texts), _TOKENIZE_CHUNK):
-        batch = backbone.tokenizer(
-            list(texts[start : start + _TOKENIZE_CHUNK]), truncation=True, max_length=most or backbone.max_length,
-            padding=False, return_attention_mask=False, return_token_type_ids=False, add_special_tokens=special,
-        )  # fmt: skip
-        ids.extend(batch["input_ids"])
-    return ids
-
-
-def check_texts(texts: Sequence[Pieces], slots: BoundSlots | None = None) -> None:
-    """Raises TypeError unless `texts` is a sequence of strings, or with `slots` of strings and of their pieces."""
-    if isinstance(texts, str):
-        raise TypeError("texts must be a sequence of str, got one str; write [text]")
-    for i, text in enumerate(texts):
-        if isinstance(text, str):
-            continue
-        pieces = isinstance(text, Sequence) and all(isinstance(piece, str | Slot) for piece in text)
-        if not pieces:
-            raise TypeError(f"texts[{i}] must be a str, got {type(text).__name__}")
-        if slots is None:
-            raise TypeError(f"texts[{i}] has pieces; give slots, which fill them")
 
 
 def _check(

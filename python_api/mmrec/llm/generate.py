@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .encode import check_texts
 from .extras import quiet_transformers, require
 from .head import causal_model
 from .loading import resolve_source
 from .packed import without_cache
 from .reading import inference
+from .tokenizing import check_texts
 
 if TYPE_CHECKING:
     from .backbone import Backbone

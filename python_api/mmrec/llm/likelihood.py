@@ -13,10 +13,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
-from .encode import check_texts, offsets_of
+from .encode import offsets_of
 from .head import output_layer
 from .loading import resolve_source
 from .reading import Reading, inference, need_prefixes, read_texts, token_ids
+from .tokenizing import check_texts
 
 if TYPE_CHECKING:
     from .backbone import Backbone

@@ -14,6 +14,7 @@ beside a mask that any other attention refuses.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +141,7 @@ def packed_forward(
     prefix: Prefix | None = None,
     counts: Tensor | None = None,
     kept: dict[int, tuple[Tensor, Tensor]] | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Tensor:
     """Last hidden states `[T, d]` of a packed row; the model's attention must be `"mmrec"`.
 
@@ -149,6 +151,8 @@ def packed_forward(
         prefix: what the texts go on from.
         counts: int64 `[prefixes]` on the CPU: so many texts go on from each prefix, those of the first one first.
         kept: filled with each layer's keys and values, `[T, Hkv, D]`.
+        layers: hidden states of these instead, side by side, `[T, L · d]`; 0 is what the first block reads, i what
+            block i gives.
     """
     tokens = input_ids if input_ids is not None else inputs_embeds
     assert tokens is not None
@@ -191,10 +195,20 @@ def packed_forward(
     refused_elsewhere = torch.zeros(1, 1, 0, 0, dtype=torch.bool, device=tokens.device)
     found = model(
         **{name: x.unsqueeze(0) for name, x in given.items() if x is not None},
-        **without_cache(model), **{KEYWORD: packed},
+        **without_cache(model), **{KEYWORD: packed}, **_with_layers(layers),
         attention_mask=refused_elsewhere, position_ids=positions.to(tokens.device).unsqueeze(0),
     )  # fmt: skip
-    return found.last_hidden_state[0]
+    return _states(found, layers)[0]
+
+
+def _with_layers(layers: Sequence[int] | None) -> dict[str, bool]:
+    return {} if layers is None else {"output_hidden_states": True}
+
+
+def _states(found: Any, layers: Sequence[int] | None) -> Tensor:
+    """`[B, L, d]`, or of several layers side by side; the last one's are those behind a final norm."""
+    last: Tensor = found.last_hidden_state
+    return last if layers is None else torch.cat([found.hidden_states[layer] for layer in layers], dim=-1)
 
 
 def _first_position(model: Any) -> int:
@@ -256,7 +270,12 @@ def check_rows(
 
 
 def padded_forward(
-    model: Any, offsets: Tensor, *, input_ids: Tensor | None = None, inputs_embeds: Tensor | None = None
+    model: Any,
+    offsets: Tensor,
+    *,
+    input_ids: Tensor | None = None,
+    inputs_embeds: Tensor | None = None,
+    layers: Sequence[int] | None = None,
 ) -> Tensor:
     """What `packed_forward` gives, by a batch padded on the right; without a mask where all texts are of one length."""
     lengths = offsets.diff()
@@ -276,7 +295,7 @@ def padded_forward(
         device = rows.device
     if not full:
         given["attention_mask"] = mask.to(device, torch.int64)
-    hidden: Tensor = model(**given, **without_cache(model)).last_hidden_state
+    hidden = _states(model(**given, **without_cache(model), **_with_layers(layers)), layers)
     return hidden[mask.to(device)] if not full else hidden.flatten(0, 1)
 
 

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .encode import offsets_of, tokenize
+from .encode import offsets_of
 from .packed import Prefix, packed_forward
+from .tokenizing import tokenize
 
 if TYPE_CHECKING:
     from .backbone import Backbone

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .encode import check_texts, tokenize
 from .head import output_rows
 from .loading import resolve_source
+from .tokenizing import check_texts, tokenize
 
 if TYPE_CHECKING:
     from .backbone import Backbone

@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .beam import Decoded, beam_search
-from .encode import offsets_of, tokenize
+from .encode import offsets_of
 from .reading import inference, need_prefixes, read
 from .semantic_ids import SemanticIds
+from .tokenizing import tokenize
 from .trie import Trie
 
 if TYPE_CHECKING:

@@ -215,51 +215,6 @@ class BoundSlots:
         return len(values) if offsets is None else len(offsets) - 1
 
 
-def tokenize_pieces(
-    backbone: Backbone, texts: Sequence[Pieces], slots: BoundSlots, *, special: bool, most: int
-) -> list[list[int]]:
-    """Token ids of each text, negative ones for slots, at most `most`. Pieces are split into tokens one by one.
-
-    Raises:
-        ValueError: a slot that does not exist, or that does not fit whole into `most` tokens.
-    """
-    from .encode import tokenize
-
-    strings = [text if isinstance(text, str) else "" for text in texts]
-    found = tokenize(backbone, strings, special=special, most=most)
-    begin, end = _special_ids(backbone) if special else ([], [])
-    for n, text in enumerate(texts):
-        if isinstance(text, str):
-            continue
-        ids = list(begin)
-        words = iter(tokenize(backbone, [p for p in text if isinstance(p, str)], special=False, most=1 << 30))
-        for piece in text:
-            if isinstance(piece, str):
-                ids += next(words)
-                continue
-            own = slots.ids(piece, f"texts[{n}]")
-            if len(ids) + len(own) + len(end) > most:
-                raise ValueError(
-                    f"texts[{n}]: slot {piece.name!r} of row {piece.row} ends behind the {most} tokens that are read; "
-                    "shorten what stands before it"
-                )
-            ids += own
-        found[n] = ids[: most - len(end)] + end
-    return found
-
-
-def _special_ids(backbone: Backbone) -> tuple[list[int], list[int]]:
-    """What the tokenizer puts before and behind a text."""
-    from .encode import tokenize
-
-    bare = tokenize(backbone, ["a"], special=False)[0]
-    whole = tokenize(backbone, ["a"], special=True)[0]
-    for place in range(len(whole) - len(bare) + 1):
-        if whole[place : place + len(bare)] == bare:
-            return whole[:place], whole[place + len(bare) :]
-    raise ValueError("texts: this tokenizer puts special tokens into texts; slots need them around")
-
-
 def _checked(name: str, spec: SlotSpec, given: Values | None) -> tuple[Tensor, Tensor | None]:
     if given is None:
         return torch.zeros(0, spec.width), None

@@ -44,8 +44,9 @@ def refuse_norm(module: Any) -> Reason:
     weight = getattr(module, "weight", None)
     if not isinstance(weight, Tensor) or weight.ndim != 1 or not isinstance(_eps(module), float):
         return "it has no weight [d] and eps: left as it is"
-    # Not of one size: an eps elsewhere would show.
-    x = torch.linspace(-2, 3, 2 * len(weight)).view(2, -1) * torch.tensor([[1.0], [1e-3]])
+    # Not of one size: an eps elsewhere would show. On the CPU whatever the caller's default device is.
+    cpu = torch.device("cpu")
+    x = torch.linspace(-2, 3, 2 * len(weight), device=cpu).view(2, -1) * torch.tensor([[1.0], [1e-3]], device=cpu)
     x = x.to(weight.device, weight.dtype)
     return _compared(lambda: type(module).forward(module, x), lambda: rms_norm(x, weight.shape, weight, _eps(module)))
 
@@ -55,7 +56,7 @@ def refuse_mlp(module: Any) -> Reason:
     stub: Any = SimpleNamespace(
         gate_proj=lambda x: 2 * x, up_proj=lambda x: x + 1, down_proj=lambda x: 3 * x, act_fn=module.act_fn
     )
-    x = torch.linspace(-30, 30, 64)
+    x = torch.linspace(-30, 30, 64, device=torch.device("cpu"))
     return _compared(lambda: type(module).forward(stub, x), lambda: 3 * (silu(2 * x) * (x + 1)))
 
 
