@@ -16,6 +16,7 @@ from .trained import METRICS, TrainingSettings, train_all
 if TYPE_CHECKING:
     import numpy as np
 
+    from ...evaluation.floors import Neighbours
     from ...recommender.sources import SourceScorer
 
 __all__ = ["ModalitySettings", "MissingSettings", "missing_run", "modality_run"]
@@ -100,6 +101,8 @@ _HINT = (
 
 def missing_run(context: Context) -> tuple[Data, Findings]:
     """Takes content away at every rate, fills it in in several ways, and trains with gaps."""
+    from ...evaluation.floors import cosine_neighbours
+
     settings: MissingSettings = context.settings
     if len(settings.rates) < 2 or any(b <= a for a, b in zip(settings.rates, settings.rates[1:], strict=False)):
         raise ValueError(f"--set rates must be two at least and increase, got {settings.rates}")
@@ -109,13 +112,14 @@ def missing_run(context: Context) -> tuple[Data, Findings]:
         raise ValueError(f"--set modalities: there must be content to take away, got {base.modalities}")
     configs = {f"modality_dropout {rate:g}": base.replace(modality_dropout=rate) for rate in settings.dropout}
     runs = train_all(context, data, configs)
+    nearest = cosine_neighbours(data.split.train, data.split.num_items)
     curves: dict[tuple[str, str, str], list[list[float]]] = {}
     for name, found in runs.items():
         for run, seed in _seeded(found, context):
             score = _scorer(run, data)
             for kind in _KINDS:
                 for fill in _FILLS if kind == "random" else ("nothing",):
-                    values = [_at(score, data, base.content, kind, rate, fill, seed) for rate in settings.rates]
+                    values = [_at(score, nearest, base.content, kind, rate, fill, seed) for rate in settings.rates]
                     curves.setdefault((name, kind, fill), []).append(values)
     rows = [_curve_row(key, values, settings.rates) for key, values in curves.items()]
     charts = [
@@ -172,7 +176,9 @@ def _probed(score: SourceScorer, permutations: int, seed: int) -> dict[str, Any]
     return found
 
 
-def _at(score: SourceScorer, data: Data, content: Sequence[str], kind: Any, rate: float, fill: str, seed: int) -> float:
+def _at(
+    score: SourceScorer, nearest: Neighbours, content: Sequence[str], kind: Any, rate: float, fill: str, seed: int
+) -> float:
     """The metric with this share of the content taken away and filled in."""
     import numpy as np
 
@@ -180,28 +186,25 @@ def _at(score: SourceScorer, data: Data, content: Sequence[str], kind: Any, rate
     from ...recommender.sources import MEAN
 
     own = sources_of(score.present)
-    left = missing(score.present, rate, kind, popularity=data.split.popularity, modalities=list(content), seed=seed)
+    left = missing(score.present, rate, kind, popularity=score.split.popularity, modalities=list(content), seed=seed)
     if fill == "left out":
         lost = np.any([(left[name] < 0) & (own[name] >= 0) for name in content], axis=0)
         return float(score.per_user(left, candidates=np.flatnonzero(~lost)).mean())
     if fill == "mean":
         left |= {name: np.where((left[name] < 0) & (own[name] >= 0), MEAN, left[name]) for name in content}
     elif fill == "neighbour":
-        left |= {name: _from_neighbours(left[name], own[name], data) for name in content}
+        left |= {name: _from_neighbours(left[name], own[name], nearest) for name in content}
     return score(left)
 
 
-def _from_neighbours(left: np.ndarray, own: np.ndarray, data: Data) -> np.ndarray:
+def _from_neighbours(left: np.ndarray, own: np.ndarray, nearest: Neighbours) -> np.ndarray:
     """What was taken away comes from the item of the highest cosine of users that still has it; ties to the lower."""
     import numpy as np
 
-    from ...evaluation.floors import cosine_neighbours
-
-    similar = cosine_neighbours(data.split.train, data.split.num_items)
     filled = left.copy()
     for item in np.flatnonzero((left < 0) & (own >= 0)).tolist():
-        rows = slice(similar.lists.offsets[item], similar.lists.offsets[item + 1])
-        others, weights = similar.lists.ids[rows], similar.weights[rows]
+        rows = slice(nearest.lists.offsets[item], nearest.lists.offsets[item + 1])
+        others, weights = nearest.lists.ids[rows], nearest.weights[rows]
         weights = np.where(left[others] >= 0, weights, 0.0)
         if len(weights) and weights.max() > 0:
             filled[item] = others[int(weights.argmax())]
