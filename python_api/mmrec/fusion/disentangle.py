@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from itertools import combinations
 from typing import NamedTuple
 
 import torch
@@ -33,7 +34,7 @@ __all__ = [
 
 class Disentangled(NamedTuple):
     """Of N items: `vector [N, d]`, zero for an item without anything; per modality what alignment is to pull together,
-    `aligned [N, d]`, and what it is to leave alone, `private [N, d]` (empty where there is no such part); 0-d
+    `aligned [N, aligned_width]`, and what it is to leave alone, `private` (empty where there is no such part); 0-d
     `losses` by name."""
 
     vector: Tensor
@@ -48,23 +49,28 @@ class SharedPrivate(nn.Module):
 
         s_m = W_m^s x_m        p_m = W_m^p x_m        vector = W_o [mean_m s_m ; mean_m p_m]
 
-    Shared parts are for the contrastive alignment (`ModalityAlignment` on `aligned`). `losses`: "orthogonality", the
-    mean of ‖A_cᵀ B_c‖²_F / n² over each modality's shared and private part and over every two private parts, where A_c
-    and B_c are centred and have rows of length 1; "reconstruction", the mean squared error of D_m (s_m + p_m) against
-    x_m relative to the mean square of x_m: without it a part may forget what it holds.
+    Each part has half of the width: parts as wide as x_m could both hold all of it. Shared parts are for the
+    contrastive alignment (`ModalityAlignment` on `aligned`). `losses`: "orthogonality", the mean of ‖C‖²_F / (d / 2)
+    over each modality's shared and private part and over every two private parts, where C are the correlations of their
+    entries over the items (as Barlow Twins decorrelates, Zbontar et al., 2021, arXiv:2103.03230): 0 where no linear map
+    reads one from the other. "reconstruction", the mean squared error of D_m [s_m ; p_m] against x_m relative to the
+    mean square of x_m: without it a part may forget what it holds.
 
     Args:
         modalities: names.
-        width: d.
+        width: d, at least 2.
     """
 
     def __init__(self, modalities: Sequence[str], width: int) -> None:
         super().__init__()
-        self.modalities = distinct(modalities)
-        self.shared = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in modalities})
-        self.private = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in modalities})
-        self.decode = nn.ModuleDict({name: nn.Linear(width, width) for name in modalities})
-        self.out = nn.Linear(2 * width, width, bias=False)
+        if width < 2:
+            raise ValueError(f"width must be at least 2, got {width}")
+        self.modalities, self.aligned_width = distinct(modalities), width // 2
+        half = self.aligned_width
+        self.shared = nn.ModuleDict({name: nn.Linear(width, half, bias=False) for name in modalities})
+        self.private = nn.ModuleDict({name: nn.Linear(width, half, bias=False) for name in modalities})
+        self.decode = nn.ModuleDict({name: nn.Linear(2 * half, width) for name in modalities})
+        self.out = nn.Linear(2 * half, width, bias=False)
 
     def forward(self, vectors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Disentangled:
         """Of N items.
@@ -80,15 +86,13 @@ class SharedPrivate(nn.Module):
         shared = {name: self.shared[name](x) for name, x in found.items()}
         private = {name: self.private[name](x) for name, x in found.items()}
         vector = self.out(torch.cat([mean_over(shared, present), mean_over(private, present)], dim=1))
-        alike = [_overlap(shared[m], private[m], present[m]) for m in found]
-        names = list(found)
-        for i, m in enumerate(names):
-            alike += [_overlap(private[m], private[n], present[m] & present[n]) for n in names[i + 1 :]]
-        errors = [relative_error(self.decode[m](shared[m] + private[m]), x, present[m]) for m, x in found.items()]
-        losses = {
-            "orthogonality": torch.stack(alike).mean(),
-            "reconstruction": torch.stack(errors).mean(),
-        }
+        alike = [_correlated(shared[m], private[m], present[m]) for m in found]
+        alike += [_correlated(private[m], private[n], present[m] & present[n]) for m, n in combinations(found, 2)]
+        errors = [
+            relative_error(self.decode[m](torch.cat([shared[m], private[m]], 1)), x, present[m])
+            for m, x in found.items()
+        ]
+        losses = {"orthogonality": torch.stack(alike).mean(), "reconstruction": torch.stack(errors).mean()}
         return Disentangled(vector, shared, private, losses)
 
 
@@ -117,6 +121,7 @@ class FactorAttention(nn.Module):
         if sample < 2:
             raise ValueError(f"sample must be at least 2, got {sample}")
         self.modalities, self.factors, self.sample = distinct(modalities), factors, sample
+        self.aligned_width = width
         self.project = nn.ModuleDict({name: nn.Linear(width, width, bias=False) for name in modalities})
         self.query = nn.Linear(width, width, bias=False)
         self.key = nn.Linear(width, width, bias=False)
@@ -177,7 +182,7 @@ class PrototypeExperts(nn.Module):
             raise ValueError(f"prototypes must be at least 2 and hidden at least 1, got {prototypes} and {hidden}")
         if not 0 < temperature <= 1:
             raise ValueError(f"temperature must be in (0, 1], got {temperature}")
-        self.modalities, self.temperature = distinct(modalities), temperature
+        self.modalities, self.temperature, self.aligned_width = distinct(modalities), temperature, width
         self.prototypes = nn.Parameter(torch.empty(prototypes, width).normal_())
         self.w_in = nn.Parameter(torch.empty(prototypes, 2 * hidden, width).normal_(std=width**-0.5))
         self.w_out = nn.Parameter(torch.empty(prototypes, width, hidden).normal_(std=hidden**-0.5))
@@ -217,7 +222,7 @@ class GaussianExperts(nn.Module):
         super().__init__()
         self.modalities = distinct(modalities)
         size = width if latent is None else latent
-        self.coders = GaussianCoders(modalities, width, size)
+        self.coders, self.aligned_width = GaussianCoders(modalities, width, size), size
         self.out = nn.Linear(size, width, bias=False)
 
     def forward(self, vectors: Mapping[str, Tensor], present: Mapping[str, Tensor]) -> Disentangled:
@@ -272,15 +277,18 @@ def disentangler(kind: str, modalities: Sequence[str], width: int) -> nn.Module:
     return DISENTANGLERS[kind](modalities, width)
 
 
-def _overlap(a: Tensor, b: Tensor, both: Tensor) -> Tensor:
-    """‖A_cᵀ B_c‖²_F / n² of the rows that have both; n² makes it comparable between batches, and at most 1."""
+def _correlated(a: Tensor, b: Tensor, both: Tensor) -> Tensor:
+    """‖C‖²_F / width of the correlations of a's entries with b's, over the rows that have both; 0 for fewer than two
+    rows, and for entries that do not vary."""
     count = both.sum().clamp(min=1)
-    rows = []
+    columns = []
     for x in (a, b):
         x = torch.where(both.unsqueeze(1), x, 0)
         x = torch.where(both.unsqueeze(1), x - x.sum(0) / count, 0)
-        rows.append(F.normalize(x, dim=1))
-    return (rows[0].T @ rows[1]).square().sum() / count.square()
+        square = x.square().sum(0)
+        varies = square > torch.finfo(x.dtype).eps ** 2
+        columns.append(torch.where(varies, x * torch.where(varies, square, 1).rsqrt(), 0))
+    return (columns[0].T @ columns[1]).square().sum() / a.shape[1]
 
 
 def _distances(x: Tensor) -> Tensor:

@@ -78,7 +78,7 @@ class Objective(nn.Module):
         self.log_scale = nn.Parameter(torch.tensor(math.log(config.scale))) if config.score == "cosine" else None
         self.alignment = None
         if config.align_weight and len(config.modalities) > 1:
-            self.alignment = alignment(config.align, config.modalities, config.width)
+            self.alignment = alignment(config.align, config.modalities, model.item_tower.aligned_width)
 
     def forward(self, model: Recommender, inputs: ItemInputs, batch: Batch) -> Losses:
         """The losses of one batch.

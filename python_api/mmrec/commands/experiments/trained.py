@@ -32,7 +32,7 @@ class TrainingSettings:
     """
 
     modalities: str = "all"
-    epochs: int = 10
+    epochs: int = 8
     backbone: str | None = None
     quantize: str = "nf4"
     lora: int = 0
