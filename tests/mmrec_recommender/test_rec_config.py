@@ -13,7 +13,7 @@ from mmrec.recommender import ItemInputs, ItemSpec, RecommenderConfig, TableSpec
 
 OTHER = RecommenderConfig(
     modalities=("text", "audio"), text_level="tokens", backbone="folder", quantize=None, table_pooled=True,
-    score="cosine", negatives="batch", scale=20, seed=7,
+    score="cosine", negatives="batch", scale=20, seed=7, tune="last:2",
 )  # fmt: skip
 
 
@@ -57,6 +57,7 @@ MAY_BE_ZERO = {
     "experts_private",
     "align_items",
     "lora_rank",
+    "side_layers",
     "fusion_layers",
     "seed",
 }
@@ -87,7 +88,7 @@ WRONG_TYPES: list[tuple[str, Any]] = [
     *((name, True) for name in (*INTEGERS, *FLOATS)),
     *((name, "1") for name in (*INTEGERS, *FLOATS)),
     ("modalities", "text"), ("modalities", ["text", 3]), ("modalities", None), ("text_level", None), ("score", 1),
-    ("backbone", 3), ("quantize", 4), ("tune_backbone", 1), ("table_pooled", "yes"),
+    ("backbone", 3), ("quantize", 4), ("tune_backbone", 1), ("tune", None), ("table_pooled", "yes"),
 ]  # fmt: skip
 
 

@@ -1,8 +1,9 @@
-"""LLM processing layer: quantised Hugging Face backbones with LoRA, pooled or token embeddings, and their cache."""
+"""LLM processing layer: quantised Hugging Face backbones with adapters, pooled or token embeddings, and their cache."""
 
 from .attention import kernel_attention, register_attention, unregister_attention
 from .backbone import Backbone
 from .beam import Decoded, beam_search
+from .bottleneck import AdapterConfig
 from .cache import CacheWriteError, EmbeddingCache
 from .constrained import CatalogueDecoder, valid_ratio
 from .encoded import Encoded
@@ -14,13 +15,15 @@ from .packed import Prefix
 from .scorer import YesNoScorer
 from .semantic_ids import SemanticIds
 from .semantic_model import SemanticIdModel
-from .slots import ModalitySlots, Slot, SlotSpec
+from .side_network import SideNetwork
+from .slots import ModalitySlots, Slot, SlotSpec, slot_pieces, slot_placeholder
 from .soft_prompt import SoftPrompt
 from .swap import Swap, SwappedLayer, swap_kernels
 from .trie import Trie
 from .vision import VisionEncoder
 
 __all__ = [
+    "AdapterConfig",
     "Backbone",
     "CacheWriteError",
     "CatalogueDecoder",
@@ -32,6 +35,7 @@ __all__ = [
     "Prefix",
     "SemanticIdModel",
     "SemanticIds",
+    "SideNetwork",
     "SoftPrompt",
     "ModalitySlots",
     "Slot",
@@ -47,6 +51,8 @@ __all__ = [
     "kernel_experts",
     "register_attention",
     "register_experts",
+    "slot_pieces",
+    "slot_placeholder",
     "swap_kernels",
     "unregister_attention",
     "unregister_experts",

@@ -148,8 +148,11 @@ def encode_prefix(
         counts = None if behind is None else torch.ones(len(behind), dtype=torch.int64)
         off = nullcontext() if adapter else backbone.under(None)
         with torch.no_grad(), off:
-            rows = {"input_ids": flat} if slots is None else {"inputs_embeds": _embedded(backbone, flat, slots)}
-            packed_forward(backbone.model, offsets, **rows, prefix=behind, counts=counts, kept=kept)
+            packed_forward(
+                backbone.model, offsets, input_ids=flat if slots is None else None,
+                inputs_embeds=None if slots is None else _embedded(backbone, flat, slots),
+                prefix=behind, counts=counts, kept=kept,
+            )  # fmt: skip
     finally:
         backbone.train(training)
     found = Prefix(kept, offsets.to(backbone.device))

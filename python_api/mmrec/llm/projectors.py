@@ -24,17 +24,24 @@ class SlotSpec:
         tokens: how many each slot becomes.
         kind: "linear" or "mlp" (two layers, GELU) of one vector per slot, or "resampler": learned latents attend to any
             number of vectors (Perceiver Resampler of Flamingo, arXiv:2204.14198).
+        markers: whether a learned token stands before them and another one behind them.
     """
 
     width: int
     tokens: int = 1
     kind: str = "linear"
+    markers: bool = False
 
     def __post_init__(self) -> None:
         if self.width < 1 or self.tokens < 1:
             raise ValueError(f"width and tokens must be at least 1, got {self.width} and {self.tokens}")
         if self.kind not in _KINDS:
             raise ValueError(f"kind must be one of {_KINDS}, got {self.kind!r}")
+
+    @property
+    def length(self) -> int:
+        """Tokens of a slot with its markers."""
+        return self.tokens + 2 * self.markers
 
 
 def projector(spec: SlotSpec, width: int) -> nn.Module:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,9 +24,11 @@ from .projectors import SlotSpec, projector
 if TYPE_CHECKING:
     from .backbone import Backbone
 
-__all__ = ["BoundSlots", "ModalitySlots", "Pieces", "Slot", "SlotSpec", "Values"]
+__all__ = ["BoundSlots", "ModalitySlots", "Pieces", "Slot", "SlotSpec", "Values", "slot_pieces", "slot_placeholder"]
 
 _FILE, _METADATA = "modality_slots.safetensors", "mmrec_modality_slots"
+# JSON escapes it and `str.split` drops it, so neither a quoted text nor an answer of a HardPrompt can hold one.
+_MARK = "\x1e"
 
 Values: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 """Vectors of S rows: `[S, width]`, or `(values [R, width], offsets int64 [S + 1])` where rows have several, or none."""
@@ -38,9 +41,48 @@ class Slot:
     name: str
     row: int
 
+    def __post_init__(self) -> None:
+        try:
+            object.__setattr__(self, "row", operator.index(self.row))
+        except TypeError:
+            raise TypeError(f"row must be an integer, got {self.row!r}") from None
+
 
 Pieces: TypeAlias = "str | Sequence[str | Slot]"
 """A text, or its pieces. What is in a string is text, whatever it says: only a `Slot` is a slot."""
+
+
+def slot_placeholder(name: str) -> str:
+    """What the words of a template hold where a slot of modality `name` goes, for `slot_pieces`."""
+    if not name or _MARK in name:
+        raise ValueError(f"name must have characters other than {_MARK!r}, got {name!r}")
+    return f"{_MARK}{name}{_MARK}"
+
+
+def slot_pieces(text: str, rows: Mapping[str, Sequence[int]]) -> list[str | Slot]:
+    """The pieces of a text made from a template with placeholders; the i-th one of `name` is of row `rows[name][i]`.
+
+    Texts of items must be quoted in it (`mmrec.prompting.quoted`, and so `HardPrompt` as text): they cannot hold a
+    placeholder then. One that is not meant is an error, as there must be as many as rows.
+
+    Raises:
+        ValueError: a placeholder that does not end, or more or fewer of a modality than rows.
+    """
+    parts = text.split(_MARK)
+    words, names = parts[::2], parts[1::2]
+    if len(words) == len(names):
+        raise ValueError(f"text: a placeholder does not end: {names[-1][:40]!r}")
+    for name in {**dict.fromkeys(names), **rows}:
+        if names.count(name) != len(rows.get(name, ())):
+            raise ValueError(
+                f"text must have a placeholder of {name!r} for each of {len(rows.get(name, ()))} rows, "
+                f"got {names.count(name)}"
+            )
+    left = {name: iter(given) for name, given in rows.items()}
+    pieces: list[str | Slot] = [words[0]]
+    for name, word in zip(names, words[1:], strict=True):
+        pieces += [Slot(name, next(left[name])), word]
+    return [piece for piece in pieces if piece != ""]
 
 
 class ModalitySlots(nn.Module):
@@ -71,6 +113,9 @@ class ModalitySlots(nn.Module):
             # Lists: a ModuleDict refuses some names.
             self._projectors = nn.ModuleList(projector(spec, width) for spec in specs.values())
             self._missing = nn.ParameterList(size * torch.randn(spec.tokens, width) for spec in specs.values())
+            self._markers = nn.ParameterDict(  # by place: names may be any
+                {str(n): size * torch.randn(2, width) for n, spec in enumerate(specs.values()) if spec.markers}
+            )
         self._size = nn.ParameterList(torch.tensor(float(size)) for _ in specs)
 
     @classmethod
@@ -91,8 +136,8 @@ class ModalitySlots(nn.Module):
         return BoundSlots(self, dict(values))
 
     def forward(self, name: str, values: Tensor, offsets: Tensor | None = None) -> Tensor:
-        """`[n, tokens, d]` of vectors `[n, width]`, or of `values [R, width]` with `offsets int64 [n + 1]`."""
-        place = list(self.specs).index(name)
+        """`[n, length, d]` of vectors `[n, width]`, or of `values [R, width]` with `offsets int64 [n + 1]`."""
+        place = self._place(name)
         spec, project, missing = self.specs[name], self._projectors[place], self._missing[place]
         if spec.kind == "resampler":
             if offsets is None:
@@ -103,11 +148,24 @@ class ModalitySlots(nn.Module):
             found, there = project(values).unflatten(1, (spec.tokens, self.width)), None
         mean_square = found.square().mean(2, keepdim=True)
         found = found * (mean_square + torch.finfo(found.dtype).eps).rsqrt() * self._size[place]
-        return found if there is None else torch.where(there.view(-1, 1, 1), found, missing)
+        return self._marked(place, found if there is None else torch.where(there.view(-1, 1, 1), found, missing))
 
     def missing(self, name: str) -> Tensor:
-        """`[tokens, d]` that stand for what is missing."""
-        return self._missing[list(self.specs).index(name)]
+        """`[length, d]` that stand for what is missing."""
+        place = self._place(name)
+        return self._marked(place, self._missing[place].unsqueeze(0))[0]
+
+    def _place(self, name: str) -> int:
+        if name not in self.specs:
+            raise ValueError(f"name: there are no slots {name!r}; there are {', '.join(self.specs)}")
+        return list(self.specs).index(name)
+
+    def _marked(self, place: int, tokens: Tensor) -> Tensor:
+        """`tokens [n, tokens, d]` between their markers, if they have any."""
+        if str(place) not in self._markers:
+            return tokens
+        first, last = self._markers[str(place)].to(tokens.dtype).expand(len(tokens), 2, -1).split(1, dim=1)
+        return torch.cat([first, tokens, last], dim=1)
 
     def save(self, folder: str | Path) -> None:
         """Write `modality_slots.safetensors` into `folder`, atomically."""
@@ -155,7 +213,7 @@ class BoundSlots:
             vectors, offsets = _checked(name, spec, values.get(name))
             self.values[name] = (vectors, offsets)
             self._begin[name] = begin
-            begin += (self._rows(name) + 1) * spec.tokens
+            begin += (self._rows(name) + 1) * spec.length
 
     def check_fits(self, width: int) -> None:
         """Raises ValueError unless the tokens are of `width`."""
@@ -169,7 +227,7 @@ class BoundSlots:
         rows = self._rows(slot.name)
         if not -1 <= slot.row < rows:
             raise ValueError(f"{where}: slot {slot.name!r} must be of a row in [-1, {rows}), got {slot.row}")
-        tokens = self.slots.specs[slot.name].tokens
+        tokens = self.slots.specs[slot.name].length
         first = self._begin[slot.name] + (slot.row + 1) * tokens
         return [-1 - (first + n) for n in range(tokens)]
 
@@ -180,11 +238,11 @@ class BoundSlots:
         order: list[Tensor] = []
         for name, spec in self.slots.specs.items():
             begin, rows = self._begin[name], self._rows(name)
-            own = ((entries >= begin) & (entries < begin + (rows + 1) * spec.tokens)).nonzero()[:, 0]
+            own = ((entries >= begin) & (entries < begin + (rows + 1) * spec.length)).nonzero()[:, 0]
             if not len(own):
                 continue
             place = entries[own] - begin
-            row, token = place // spec.tokens - 1, place % spec.tokens
+            row, token = place // spec.length - 1, place % spec.length
             used, which = row.unique(return_inverse=True)
             table = torch.stack([self.slots.missing(name)]) if int(used[0]) < 0 else None
             known = used[used >= 0]

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 __all__ = ["check_texts", "token_ids", "tokenize"]
 
 _CHUNK = 4096
+_WHOLE = 1 << 30  # tokens: nothing is cut
 
 
 def token_ids(
@@ -42,6 +43,8 @@ def check_texts(texts: Sequence[Pieces], slots: BoundSlots | None = None) -> Non
     """Raises TypeError unless `texts` is a sequence of strings, or with `slots` of strings and of their pieces."""
     if isinstance(texts, str):
         raise TypeError("texts must be a sequence of str, got one str; write [text]")
+    if not isinstance(slots, BoundSlots | None):
+        raise TypeError(f"slots must be what `ModalitySlots.bind` gives, got {type(slots).__name__}")
     for i, text in enumerate(texts):
         if isinstance(text, str):
             continue
@@ -57,36 +60,44 @@ def _tokenize_pieces(
 ) -> list[list[int]]:
     """Token ids of each text, negative ones for slots, at most `most`. Pieces are split into tokens one by one.
 
+    Texts are cut on the side on which the tokenizer cuts.
+
     Raises:
         ValueError: a slot that does not exist, or that does not fit whole into `most` tokens.
     """
     strings = [text if isinstance(text, str) else "" for text in texts]
     found = tokenize(backbone, strings, special=special, most=most)
     begin, end = _special_ids(backbone) if special else ([], [])
+    room = max(most - len(begin) - len(end), 0)
+    written = [piece for text in texts if not isinstance(text, str) for piece in text if isinstance(piece, str)]
+    words = iter(tokenize(backbone, written, special=False, most=_WHOLE))
     for n, text in enumerate(texts):
         if isinstance(text, str):
             continue
-        ids = list(begin)
-        words = iter(tokenize(backbone, [p for p in text if isinstance(p, str)], special=False, most=1 << 30))
+        ids: list[int] = []
+        places: list[tuple[Slot, int, int]] = []
         for piece in text:
             if isinstance(piece, str):
                 ids += next(words)
                 continue
             own = slots.ids(piece, f"texts[{n}]")
-            if len(ids) + len(own) + len(end) > most:
-                raise ValueError(
-                    f"texts[{n}]: slot {piece.name!r} of row {piece.row} ends behind the {most} tokens that are read; "
-                    "shorten what stands before it"
-                )
+            places.append((piece, len(ids), len(ids) + len(own)))
             ids += own
-        found[n] = ids[: most - len(end)] + end
+        first = max(len(ids) - room, 0) if backbone.tokenizer.truncation_side == "left" else 0
+        for slot, start, stop in places:
+            if start < first or stop > first + room:
+                raise ValueError(
+                    f"texts[{n}]: slot {slot.name!r} of row {slot.row} is not whole within the {most} tokens that are "
+                    f"read; shorten what stands {'behind' if first else 'before'} it"
+                )
+        found[n] = begin + ids[first : first + room] + end
     return found
 
 
 def _special_ids(backbone: Backbone) -> tuple[list[int], list[int]]:
     """What the tokenizer puts before and behind a text."""
-    bare = tokenize(backbone, ["a"], special=False)[0]
-    whole = tokenize(backbone, ["a"], special=True)[0]
+    bare = tokenize(backbone, ["a"], special=False, most=_WHOLE)[0]
+    whole = tokenize(backbone, ["a"], special=True, most=_WHOLE)[0]
     for place in range(len(whole) - len(bare) + 1):
         if whole[place : place + len(bare)] == bare:
             return whole[:place], whole[place + len(bare) :]

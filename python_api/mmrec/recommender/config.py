@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -34,7 +35,8 @@ _FRACTIONS = ("dropout", "content_dropout", "identity_dropout", "modality_dropou
 _NOT_NEGATIVE = (
     "learning_rate", "backbone_learning_rate", "weight_decay", "clip_norm", "align_weight", "disentangle_weight",
     "balance_weight", "z_weight", "local_entropy_weight", "global_entropy_weight", "router_bias_rate",
-    "extra_negatives", "experts_shared", "experts_private", "align_items", "lora_rank", "fusion_layers", "seed",
+    "extra_negatives", "experts_shared", "experts_private", "align_items", "lora_rank", "side_layers",
+    "fusion_layers", "seed",
 )  # fmt: skip
 
 
@@ -50,7 +52,11 @@ class RecommenderConfig:
         text_level: "fields", one pooled vector per text field, or "tokens", the first `tokens_per_text` token vectors.
         backbone: folder or name of the language model, None for MiniLM; `quantize` "nf4" or None; `lora_rank` 0 = no
             adapter; `text_max_length` tokens read per text.
-        tune_backbone: train the adapter too: each step encodes the texts of `tune_items` items with gradients.
+        tune_backbone: train `tune` of the backbone too: each step encodes the texts of `tune_items` items with
+            gradients. "lora", an adapter of `lora_rank`; "adapter", bottleneck adapters; "all" or "last:n", its own
+            weights, with `quantize` None.
+        side_layers: a network beside the frozen backbone trains on the hidden states of so many of its layers, pooled
+            and cached; 0 = there is none, and the last layer's vectors are projected.
         text_rank, image_rank: directions kept by the whitening of text and image vectors.
         image_size, image_patch: posters are scaled to size × size pixels and cut into patches.
         table_pooled: one token per table row instead of one per cell.
@@ -91,6 +97,8 @@ class RecommenderConfig:
     lora_rank: int = 8
     text_max_length: int = 128
     tune_backbone: bool = False
+    tune: str = "lora"
+    side_layers: int = 0
     tune_items: int = 16
     text_rank: int = 384
     image_size: int = 64
@@ -180,8 +188,24 @@ class RecommenderConfig:
             raise ValueError(
                 f"image_size must be a multiple of image_patch, got {self.image_size} and {self.image_patch}"
             )
-        if self.tune_backbone and ("text" not in self.modalities or self.text_level != "fields" or not self.lora_rank):
-            raise ValueError("tune_backbone needs the text modality, text_level 'fields' and lora_rank ≥ 1")
+        self._check_tuning()
+
+    def _check_tuning(self) -> None:
+        own_weights = re.fullmatch(r"all|last:[1-9]\d*", self.tune) is not None
+        if self.tune not in ("lora", "adapter") and not own_weights:
+            raise ValueError(f"tune must be 'lora', 'adapter', 'all' or 'last:n' with n ≥ 1, got {self.tune!r}")
+        if self.side_layers and self.text_level != "fields":
+            raise ValueError(f"side_layers needs text_level 'fields', got {self.text_level!r}")
+        if not self.tune_backbone:
+            return
+        if "text" not in self.modalities or self.text_level != "fields":
+            raise ValueError("tune_backbone needs the text modality and text_level 'fields'")
+        if self.side_layers:
+            raise ValueError(f"tune_backbone needs side_layers 0: they leave it alone, got {self.side_layers}")
+        if self.tune == "lora" and not self.lora_rank:
+            raise ValueError("tune_backbone needs lora_rank ≥ 1 for tune 'lora', got 0")
+        if own_weights and self.quantize is not None:
+            raise ValueError(f"tune_backbone needs quantize None for tune {self.tune!r}, got {self.quantize!r}")
 
     @property
     def content(self) -> tuple[str, ...]:

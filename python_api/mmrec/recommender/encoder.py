@@ -33,7 +33,7 @@ class ItemEncoder:
         model: of the run.
         recipe: how its training read items.
         item_ids: of its catalogue, by row.
-        adapter: of the backbone, where that was trained.
+        adapter: what was trained of the backbone: its adapter, or weights of its own.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class ItemEncoder:
             return None
         backbone = load_backbone(self.model.config)
         if self._adapter:
-            backbone.load_adapter_state_dict(self._adapter)
+            backbone.load_trainable_state_dict(self._adapter)
         return backbone
 
     @torch.no_grad()

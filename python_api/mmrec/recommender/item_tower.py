@@ -13,6 +13,7 @@ from mmrec_kernels import Routing
 from ..fusion import Disentangled, ModalityFusion, ModalityMoE, TableEncoder, Tokens, Whitening, disentangler
 from .config import IDENTITY, RecommenderConfig
 from .inputs import ItemInputs, ItemSpec
+from .side import LayerWhitening, side_projection
 
 __all__ = ["ItemOutput", "ItemTower"]
 
@@ -37,11 +38,11 @@ class ItemOutput(NamedTuple):
 class ItemTower(nn.Module):
     """Identity embedding and content tokens → experts by modality → learned queries over all modalities → one vector.
 
-    Content: frozen encoders' vectors are whitened and projected, table cells embedded, each with an embedding of its
-    slot. All tokens of all modalities go through one `ModalityMoE`; `ModalityFusion` fuses them with the identity,
-    which is a modality of one token and is added to the result as well. An item whose identity is unknown (never
-    trained) is described by its content alone. With ("identity",) alone there is nothing to fuse and the vector is the
-    identity embedding.
+    Content: frozen encoders' vectors are whitened and projected (those of several layers by a side network), table
+    cells embedded, each with an embedding of its slot. All tokens of all modalities go through one `ModalityMoE`;
+    `ModalityFusion` fuses them with the identity, which is a modality of one token and is added to the result as well.
+    An item whose identity is unknown (never trained) is described by its content alone. With ("identity",) alone there
+    is nothing to fuse and the vector is the identity embedding.
     """
 
     def __init__(self, config: RecommenderConfig, spec: ItemSpec) -> None:
@@ -60,9 +61,14 @@ class ItemTower(nn.Module):
             if name == "table":
                 continue
             sizes = spec.tokens[name]
-            rank = min(sizes.width, config.image_rank if name == "image" else config.text_rank)
-            self.whiten[name] = Whitening(sizes.width, sizes.kinds, rank)
-            self.project[name] = nn.Linear(rank, width)
+            layers = config.side_layers if name == "text" else 0
+            rank = min(sizes.width // max(layers, 1), config.image_rank if name == "image" else config.text_rank)
+            if layers:
+                self.whiten[name] = LayerWhitening(sizes.width, sizes.kinds, rank, layers)
+                self.project[name] = side_projection(rank, layers, width)
+            else:
+                self.whiten[name] = Whitening(sizes.width, sizes.kinds, rank)
+                self.project[name] = nn.Linear(rank, width)
             self.slot[name] = nn.Parameter(torch.empty(sizes.kinds, width).normal_(std=width**-0.5))
         self.table = None
         if "table" in config.content and spec.table is not None:
@@ -70,6 +76,8 @@ class ItemTower(nn.Module):
             self.table = TableEncoder(*sizes_of, width, pooled=config.table_pooled)
         self.experts = None
         self.fuse = None
+        self.disentangle = None
+        self.aligned_width = width  # of `ItemOutput.pooled`
         self.content_dropout = nn.Dropout(config.content_dropout)
         if not config.content:
             return
@@ -83,16 +91,16 @@ class ItemTower(nn.Module):
             config.modalities, width, when=config.fusion, level=config.fusion_level, num_queries=config.item_queries,
             num_heads=config.item_heads, num_layers=config.fusion_layers, dropout=config.content_dropout,
         )  # fmt: skip
-        self.disentangle = None
         if config.disentangle is not None:
             self.disentangle = disentangler(config.disentangle, config.modalities, width)
+            self.aligned_width = int(self.disentangle.aligned_width)  # type: ignore[arg-type]
             self.disentangle_gate = nn.Parameter(torch.zeros(()))
         self.gain = nn.Parameter(torch.ones(()))
 
     def fit_whitening(self, inputs: ItemInputs, items: Tensor) -> None:
         """Fits the whitening of every vector modality to the tokens of `items` (those that training may know)."""
         for name, whiten in self.whiten.items():
-            assert isinstance(whiten, Whitening)
+            assert isinstance(whiten, Whitening | LayerWhitening)
             whiten.fit(inputs.tokens[name], items)
 
     @torch.no_grad()

@@ -54,7 +54,7 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Content:
-    """The items' content, how it was read, and the language model where its adapter is to be trained (else it has done
+    """The items' content, how it was read, and the language model where some of it is to be trained (else it has done
     its work)."""
 
     inputs: ItemInputs
@@ -73,9 +73,9 @@ def prepare_content(
 ) -> Content:
     """Reads the config's modalities of every item.
 
-    Text is encoded by the frozen backbone, one vector per field (:func:`text_fields`) or token vectors of all fields as
-    one text; images are cut into patches; the table is standardised over the trained items; feature files are taken as
-    they are.
+    Text is encoded by the frozen backbone, one vector per field (:func:`text_fields`), or several layers' side by side,
+    or token vectors of all fields as one text; images are cut into patches; the table is standardised over the trained
+    items; feature files are taken as they are.
 
     Args:
         trained: bool ``[I]``, the items that training may look at.
@@ -113,12 +113,13 @@ def prepare_content(
 
 
 def load_backbone(config: RecommenderConfig) -> Backbone:
-    """The language model of a config, with a fresh adapter."""
-    from ...llm import Backbone
+    """The language model of a config, with what is to be trained of it, fresh."""
+    from ...llm import AdapterConfig, Backbone
 
-    return Backbone.load(
-        config.backbone, quantize=config.quantize, lora=config.lora_rank or None, max_length=config.text_max_length
-    )
+    trained: dict[str, Any] = {"lora": config.lora_rank or None}
+    if config.tune_backbone and config.tune != "lora":
+        trained = {"adapter": AdapterConfig()} if config.tune == "adapter" else {"trainable": config.tune}
+    return Backbone.load(config.backbone, quantize=config.quantize, max_length=config.text_max_length, **trained)
 
 
 def text_fields(
@@ -160,8 +161,12 @@ def _text(
     present = np.stack([mask for _, _, mask in fields], axis=1)
     item, kind = np.nonzero(present)
     texts = tuple(fields[k][1][i] for i, k in zip(item, kind, strict=True))
-    pooled = backbone.encode(texts, **settings).pooled
-    assert pooled is not None
+    if config.side_layers:
+        pooled = backbone.encode_layers(texts, int(config.side_layers), **settings).flatten(1)
+    else:
+        encoded = backbone.encode(texts, **settings).pooled
+        assert encoded is not None
+        pooled = encoded
     return Tokens(pooled.float(), _offsets(present.sum(1)), torch.from_numpy(kind)), texts, len(fields)
 
 

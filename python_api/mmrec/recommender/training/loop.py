@@ -46,7 +46,7 @@ class Trained:
             ``seconds``.
         best_epoch: the epoch, from 1, whose weights these are.
         load: tokens per content modality and expert in the last epoch, or None.
-        adapter: of the language model, where it was trained.
+        adapter: what was trained of the language model: its adapter, or weights of its own.
     """
 
     model: Recommender
@@ -136,7 +136,7 @@ class _Loop:
         if state.backbone is not None:
             inputs = self._with_best_text()
         items = state.model.eval().item_vectors(inputs)
-        adapter = {} if state.backbone is None else state.backbone.adapter_state_dict()
+        adapter = {} if state.backbone is None else state.backbone.trainable_state_dict()
         return Trained(state.model, items, state.curves, state.best_epoch, state.load, adapter)
 
     def _save(self) -> None:
@@ -169,7 +169,7 @@ class _Loop:
         return loss
 
     def _inputs(self) -> ItemInputs:
-        """Content of the known items; where the adapter trains, some of their texts are encoded anew, with gradients.
+        """Content of the known items; where the backbone trains, some of their texts are encoded anew, with gradients.
 
         The vectors of all other items are those of the last time they were drawn. A step costs one forward and backward
         pass of the backbone over the texts of ``tune_items`` items.

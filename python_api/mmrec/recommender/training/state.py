@@ -39,7 +39,7 @@ class State:
     """Weights, optimiser, how far training has come, and the best weights so far.
 
     Attributes:
-        text: the text vectors ``[T, d]`` that training reads, where the adapter changes them; else None.
+        text: the text vectors ``[T, d]`` that training reads, where training the backbone changes them; else None.
         epoch, batch: the batch of the epoch that comes next; ``step`` counts all batches so far.
         sums: running sums of the losses of this epoch, by name.
         best: tensors of the best evaluation so far, ``best_score`` its NDCG@10, ``best_epoch`` its epoch (from 1).
@@ -80,17 +80,17 @@ class State:
         return cls(model, objective, _optimizer(model, objective, config, backbone), backbone, text)
 
     def snapshot(self) -> dict[str, Tensor]:
-        """A copy of the weights that decide answers: the model, and the adapter where it is trained."""
+        """A copy of the weights that decide answers: the model, and what is trained of the backbone."""
         found = {f"model.{name}": value.detach().clone() for name, value in self.model.state_dict().items()}
         if self.backbone is not None:
-            found |= {f"adapter.{name}": value for name, value in self.backbone.adapter_state_dict().items()}
+            found |= {f"adapter.{name}": value for name, value in self.backbone.trainable_state_dict().items()}
         return found
 
     def restore(self, snapshot: dict[str, Tensor]) -> None:
         """Puts the weights of a :meth:`snapshot` back."""
         self.model.load_state_dict(_under("model.", snapshot))
         if self.backbone is not None:
-            self.backbone.load_adapter_state_dict(_under("adapter.", snapshot))
+            self.backbone.load_trainable_state_dict(_under("adapter.", snapshot))
 
     def save(self, folder: Path, identity: dict[str, Any]) -> None:
         """Writes the checkpoint; ``identity`` says what run it belongs to."""
@@ -154,8 +154,8 @@ def _optimizer(
         {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0, "peak": config.learning_rate},
     ]
     if backbone is not None:
-        adapter = backbone.trainable_parameters()
-        groups.append({"params": adapter, "weight_decay": 0.0, "peak": config.backbone_learning_rate})
+        tuned = backbone.trainable_parameters()
+        groups.append({"params": tuned, "weight_decay": 0.0, "peak": config.backbone_learning_rate})
     return torch.optim.AdamW(groups, lr=config.learning_rate)
 
 
