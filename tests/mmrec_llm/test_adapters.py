@@ -221,7 +221,7 @@ def test_layers_that_stay_dense_keep_adapters_apart(make_bert, tmp_path):
 
 
 @pytest.mark.parametrize("quantize", [None, "nf4"])
-def test_gradients_of_several_adapters_reach_the_one_in_use(qwen2, quantize):
+def test_gradients_of_several_adapters_reach_the_one_in_use(qwen2, quantize, calls):
     backbone = Backbone.load(qwen2, quantize=quantize)
     for n, name in enumerate(("films", "shoes")):
         backbone.add_adapter(name, random(seed=n + 1))
@@ -231,6 +231,7 @@ def test_gradients_of_several_adapters_reach_the_one_in_use(qwen2, quantize):
     trains = [parameter.requires_grad for parameter in backbone.parameters()]
     (encode(backbone, adapters=names, requires_grad=True) * weights).sum().backward()
     assert [parameter.requires_grad for parameter in backbone.parameters()] == trains
+    assert all(ids is None for ids in calls), "adapter by adapter"
     found = [parameter.grad.clone() for parameter in backbone.trainable_parameters()]
     assert sum(p.grad is not None for p in backbone.parameters()) == len(found) == 2 * 14
     for parameter in backbone.trainable_parameters():
@@ -272,6 +273,10 @@ def test_under_leaves_all_as_it_was(qwen2):
         with pytest.raises(RuntimeError, match="inside"), backbone.under(name):
             assert backbone.adapter == name and [p.requires_grad for p in backbone.parameters()] == trains
             raise RuntimeError("inside")
+        with backbone.under("other"):
+            with backbone.under(name):
+                pass
+            assert backbone.adapter == "other" and [p.requires_grad for p in backbone.parameters()] == trains
         assert backbone.adapter == "default" and torch.equal(encode(backbone), expected)
         assert [p.requires_grad for p in backbone.parameters()] == trains
     with pytest.raises(ValueError, match="there is no adapter 'hats'"), backbone.under("hats"):

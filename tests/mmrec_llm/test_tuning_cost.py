@@ -1,4 +1,4 @@
-"""`python -m mmrec.llm.tuning_cost`: every way to train takes a step on the same texts, and rows say how much trains."""
+"""`python -m mmrec.llm.tuning_cost`: every way to train takes a step on the same texts; rows say how much trains."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from rec_helpers import KNOWN, config, inputs
 
 from mmrec.evaluation import Split, split
 from mmrec.fusion import Tokens, Whitening
-from mmrec.llm import AdapterConfig, Backbone, LoRAConfig
+from mmrec.llm import AdapterConfig, Backbone, LoRAConfig, SideNetwork
 from mmrec.recommender import Recommender, RecommenderConfig
 from mmrec.recommender.encoder import ItemEncoder
 from mmrec.recommender.side import LayerWhitening
@@ -167,6 +167,8 @@ def test_the_item_tower_reads_several_layers() -> None:
     model = Recommender(settings, content.spec, np.isin(np.arange(12), KNOWN)).double().eval()
     model.item_tower.fit_whitening(content, items)
     side: Any = model.item_tower.project["text"]
+    assert isinstance(model.item_tower.whiten["text"], LayerWhitening)
+    assert any(isinstance(part, SideNetwork) and part.layers == 3 for part in side.modules())
     with torch.no_grad():
         for parameter in side.parameters():
             parameter += 0.1 * torch.randn_like(parameter)

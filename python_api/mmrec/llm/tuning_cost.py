@@ -65,7 +65,7 @@ def measure(name_or_path: str | None, *, texts: int, tokens: int, layers: int, s
         call()  # makes the optimizer's moments
     peaks = {way: timer.peak_bytes(call) for way, call in calls.items()}
     found = []
-    for way, times in interleave(calls, timer, seconds).items():
+    for way, times in interleave(calls, timer, seconds * len(calls)).items():
         p20, median, p80 = (1e3 * float(q) for q in torch.tensor(times).quantile(torch.tensor([0.2, 0.5, 0.8])))
         found.append(
             {"way": way, "trainable": sizes[way], "median_ms": median, "p20_ms": p20, "p80_ms": p80}
