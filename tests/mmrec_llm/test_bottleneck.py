@@ -154,3 +154,21 @@ def test_bottleneck_seeds_leave_the_callers_stream_alone(bert):
     assert all(torch.equal(first[key], again[key]) for key in first)
     assert any(not torch.equal(first[key], other[key]) for key in first)
     assert {tuple(value.shape) for value in first.values()} == {(64,), (8,), (8, 64), (64, 8)}
+
+
+def test_in_sixteen_bits_and_behind_a_prefix(qwen2):
+    """The adapters stay in float32 and start as the identity, to the bit; a prefix may be the base model's."""
+    plain = Backbone.load(qwen2, dtype=torch.bfloat16)
+    backbone = Backbone.load(qwen2, dtype=torch.bfloat16, adapter={})
+    assert torch.equal(encode(backbone), encode(plain))
+    assert {p.dtype for p in backbone.trainable_parameters()} == {torch.float32}
+    backbone.train().encode(TEXTS, requires_grad=True, progress=False).pooled.square().sum().backward()
+    gradients = [p.grad for p in backbone.eval().trainable_parameters()]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    for parameter in backbone.trainable_parameters():
+        parameter.data.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)))
+    expected = plain.prefix(TEXTS[0]).layers
+    for adapter, same in ((False, True), (True, False)):
+        found = backbone.prefix(TEXTS[0], adapter=adapter).layers
+        assert torch.equal(found[1][0], expected[1][0]) == same
+    assert backbone.adapter == "default" and len(backbone.trainable_parameters()) == 2 * 2 * 6

@@ -95,7 +95,7 @@ BackboneName = Annotated[
 ]
 Quantized = Annotated[Quantize, typer.Option("--quantize", help="4-bit NF4 backbone, or none.")]
 LoraRank = Annotated[int, typer.Option("--lora", metavar="R", min=0, help="Rank of the LoRA adapter; 0 = none.")]
-TuneBackbone = Annotated[bool, typer.Option("--tune-backbone", help="Train LoRA weights too, or what --set tune= says.")]
+TuneBackbone = Annotated[bool, typer.Option("--tune-backbone", help="Train the adapter too, or what --set tune= says.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Most epochs; stops earlier without improvement.")]
 Settings = Annotated[
     list[str] | None,

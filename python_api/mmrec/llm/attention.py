@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from mmrec_kernels import Segment, cross_modal_attention
 
-from .extras import KERNELS, require
-from .packed import KEYWORD, attend
+from .extras import KERNELS, quiet_transformers, require
+from .packed import KEYWORD, attend, why_not_packed
 
 __all__ = ["kernel_attention", "register_attention", "unregister_attention"]
 
@@ -58,6 +58,25 @@ def kernel_attention(model: Any, name: str = KERNELS) -> Iterator[Any]:
         yield model
     finally:
         model.set_attn_implementation(before)
+
+
+def take_attention(model: Any, longest: int) -> tuple[dict[str, Any] | None, str | None]:
+    """Lets `model` attend with the kernel, if two short texts come out right with it, packed and not.
+
+    Returns:
+        What it attended with before, or None; and why it goes on with that, or None (see `why_not_packed`).
+    """
+    own = implementations(model.config)
+    register_attention()
+    with quiet_transformers():
+        try:
+            model.set_attn_implementation(KERNELS)
+        except ValueError as error:
+            return None, str(error)
+        reason = why_not_packed(model, own, longest)
+        if reason is not None:
+            model.set_attn_implementation(own)
+    return (own if reason is None else None), reason
 
 
 def _interface(module: str, kind: str) -> Any:

@@ -11,21 +11,21 @@ import torch
 from torch import Tensor, nn
 
 from .adapters import AdapterSets
-from .attention import attention_dropout, implementations, register_attention
+from .attention import attention_dropout, take_attention
 from .bottleneck import AdapterConfig
 from .encode import encode_prefix, encode_texts
 from .encoded import Encoded
-from .extras import KERNELS, quiet_transformers
+from .extras import KERNELS
 from .fingerprint import ModelHash, tokenizer_hash
 from .layers import encode_layers
 from .loading import load_config, load_model, load_tokenizer, resolve_source, usable_length
 from .lora import ADAPTER, LoRAConfig
-from .packed import Prefix, check_rows, packed_forward, padded_forward, why_not_packed, without_cache
+from .packed import Prefix, check_rows, packed_forward, padded_forward, without_cache
 from .quantize import keep_unpacked, quantized_linears
 from .slots import BoundSlots, Pieces
 from .soft_prompt import Ids, SoftPrompt
 from .swap import Swap, swap_kernels
-from .tokenizing import check_texts, tokenize
+from .tokenizing import check_texts
 from .tuning import check_trainable, chosen
 
 if TYPE_CHECKING:
@@ -351,15 +351,7 @@ class Backbone(AdapterSets):
 
         It starts at the embeddings of the tokens of `init`, in turn, or of tokens drawn at random from the vocabulary.
         """
-        embed = self.model.get_input_embeddings()  # called, not indexed: some models scale what they look up
-        if init is None:
-            generator = torch.Generator().manual_seed(seed)
-            chosen = torch.randint(len(embed.weight), (sum(n for _, n in tables.values()),), generator=generator)
-        else:
-            chosen = torch.tensor(tokenize(self, [init], special=False)[0], dtype=torch.int64)
-            if not len(chosen):
-                raise ValueError(f"init must have a token, got {init!r}")
-        return SoftPrompt(tables, self.input_width, init=embed(chosen.to(self.device))).to(self.device)
+        return SoftPrompt.of(self, tables, init=init, seed=seed)
 
     def cache_context(
         self, *, pooling: str, normalize: bool = False, token_budget: int | None = None, template_version: str = ""
@@ -381,16 +373,4 @@ class Backbone(AdapterSets):
 
     def _take_attention(self) -> None:
         """Lets the model attend with the kernel, if two short texts come out right with it, packed and not."""
-        own = implementations(self.model.config)
-        register_attention()
-        with quiet_transformers():
-            try:
-                self.model.set_attn_implementation(KERNELS)
-            except ValueError as error:
-                self._why_not_packed = str(error)
-                return
-            self._why_not_packed = why_not_packed(self.model, own, self.max_length)
-            if self._why_not_packed is None:
-                self._own_attention = own
-            else:
-                self.model.set_attn_implementation(own)
+        self._own_attention, self._why_not_packed = take_attention(self.model, self.max_length)

@@ -9,17 +9,20 @@ from ..bottleneck import Adapter
 
 __all__ = ["SideNetwork"]
 
+# From 0, where all layers count alike, training began further from what the last layer gives, and ended lower.
+_GATE = -3.0
+
 
 class SideNetwork(nn.Module):
     """From the hidden states x_1 … x_L of L layers to one vector, without a pass through the backbone.
 
         s_1 = A_1(D_1 x_1)      s_l = A_l(g_l s_{l-1} + (1 - g_l) D_l x_l)      g_l = sigmoid(a_l)
 
-    A_l is a bottleneck `Adapter`, which starts as the identity; a_l is learned and starts at 0; D_l projects to `side`,
-    or is the identity. A step costs L · n · (d · side + 2 · side · inner) multiply-adds and three times that with its
-    backward, and holds as many vectors of width `side` as it has layers for each text: neither depends on the
-    backbone's size nor on the texts' lengths (IISAN, Fu et al. 2024, arXiv:2404.02059; LST, Sung et al. 2022,
-    arXiv:2206.06522).
+    A_l is a bottleneck `Adapter`, which starts as the identity; a_l is learned and starts at -3: at first all but a
+    little is the last layer's; D_l projects to `side`, or is the identity (IISAN, Fu et al. 2024, arXiv:2404.02059;
+    LST, Sung et al. 2022, arXiv:2206.06522). A step costs L · n · (d · side + 2 · side · inner) multiply-adds, three
+    times that with its backward, and keeps a few vectors of width `side` for each text and layer: neither depends on
+    the backbone's size or on the texts' lengths.
 
     Args:
         width: d of the hidden states.
@@ -38,7 +41,7 @@ class SideNetwork(nn.Module):
         if side is not None:
             self.project = nn.ModuleList(nn.Linear(width, side) for _ in range(layers))
         self.adapters = nn.ModuleList(Adapter(side or width, inner) for _ in range(layers))
-        self.gate = nn.Parameter(torch.zeros(layers - 1))
+        self.gate = nn.Parameter(torch.full((layers - 1,), _GATE))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """`[n, L, d]` to `[n, side]`, `[n, d]` without projections."""

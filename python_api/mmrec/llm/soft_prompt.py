@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from ..files import write_atomic
 from .extras import require
+from .tokenizing import tokenize
+
+if TYPE_CHECKING:
+    from .backbone import Backbone
 
 Ids = int | Sequence[int] | Tensor
 _FILE, _METADATA = "soft_prompt.safetensors", "mmrec_soft_prompt"
@@ -58,6 +63,21 @@ class SoftPrompt(nn.Module):
             part.expand(entries + 1, -1, -1).clone()
             for (entries, _), part in zip(self.tables.values(), parts, strict=True)
         )
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, tables: Mapping[str, tuple[int, int]], *, init: str | None = None, seed: int = 0
+    ) -> SoftPrompt:
+        """See `Backbone.soft_prompt`."""
+        embed = backbone.model.get_input_embeddings()  # called, not indexed: some models scale what they look up
+        if init is None:
+            generator = torch.Generator().manual_seed(seed)
+            chosen = torch.randint(len(embed.weight), (sum(n for _, n in tables.values()),), generator=generator)
+        else:
+            chosen = torch.tensor(tokenize(backbone, [init], special=False)[0], dtype=torch.int64)
+            if not len(chosen):
+                raise ValueError(f"init must have a token, got {init!r}")
+        return cls(tables, backbone.input_width, init=embed(chosen.to(backbone.device))).to(backbone.device)
 
     @property
     def vectors(self) -> dict[str, nn.Parameter]:
