@@ -50,6 +50,39 @@ def test_one_factor_is_scipys_one_way_analysis() -> None:
     ratio = stats.f_oneway(*values.mean(-1)).statistic
     effect, rest = found[("rank",)], found[()]
     assert (effect.share / effect.freedom) / (rest.share / rest.freedom) == pytest.approx(ratio)
+    expected = stats.f.sf(ratio, 2, 12)
+    assert 0.05 < expected < 0.95 and effect.p == pytest.approx(expected, abs=0.01) and rest.p is None
+
+
+def test_p_is_that_of_scipys_f_distribution_corrected_by_holm() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    values = design()
+    values[1] += 0.2
+    effects = factorial(values, FACTORS, resamples=10)
+    rest = effects[-1]
+    ratios = [(e.share / e.freedom) / (rest.share / rest.freedom) for e in effects[:-1]]
+    raw = np.array([stats.f.sf(ratio, e.freedom, rest.freedom) for ratio, e in zip(ratios, effects[:-1], strict=True)])
+    order = np.argsort(raw)
+    expected = np.empty(7)
+    expected[order] = np.minimum(np.maximum.accumulate(raw[order] * np.arange(7, 0, -1)), 1)
+    assert np.sort(expected)[1] == pytest.approx(6 * np.sort(raw)[1]) and np.sort(expected)[1] > 0.005
+    np.testing.assert_allclose([e.p for e in effects[:-1]], expected, atol=0.02)
+
+
+def test_seeds_that_differ_show_effects_in_one_design_of_twenty() -> None:
+    wrong = 0
+    for seed in range(300):
+        random = np.random.default_rng(seed)
+        # What a user gets is nearly the same in every run, and runs differ as wholes: intervals over users are tight.
+        values = random.normal(size=40) + random.normal(size=(2, 3, 2, 2, 1))
+        wrong += any(e.factors and e.p < 0.05 for e in factorial(values, FACTORS, resamples=1))
+    assert 3 <= wrong <= 27  # 15 ± 3.2 standard deviations
+
+
+def test_one_seed_tests_nothing_and_nothing_varies() -> None:
+    assert all(effect.p is None for effect in factorial(design(seeds=1), FACTORS, resamples=10))
+    still = factorial(np.ones((2, 3, 2, 2, 5)), FACTORS, resamples=10)
+    assert all(effect.p == 1 for effect in still if effect.factors)
 
 
 def test_planted_effects_are_found_where_they_are() -> None:

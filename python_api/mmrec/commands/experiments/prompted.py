@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["factorial_run", "gap_run", "soft_prompt_lora_run"]
 
+_SURE = 0.05
 _PLAIN, _HARD = "frozen, plain", "frozen, hard prompt"
 
 
@@ -177,7 +178,8 @@ def factorial_run(context: Context) -> tuple[Data, Findings]:
     }
     rows = [
         {"effect": _effect_name(effect.factors, len(varying)),
-         "values": {"share": _share(effect), "by chance": effect.by_chance, "freedom": effect.freedom}}
+         "values": {"share": _share(effect), "by chance": effect.by_chance, "freedom": effect.freedom,
+                    "p": effect.p}}
         for effect in effects["NDCG@10"]
     ]  # fmt: skip
     levels_rows = [
@@ -192,7 +194,10 @@ def factorial_run(context: Context) -> tuple[Data, Findings]:
     tables = [
         Table(
             "Effects on NDCG@10", ("effect",), rows,
-            hint="Share of the variation between runs (η²) with its interval over users, and its mean by chance.",
+            hint=(
+                "Share of the variation between runs (η²) with its interval over users, its mean by chance, degrees of "
+                "freedom, and p of the F-test against seeds, corrected for all effects (Holm)."
+            ),
         ),
         Table("Levels", ("factor", "level"), levels_rows, hint="Means over all cells with that level."),
         Table("Cells", tuple(factors), cell_rows),
@@ -208,19 +213,23 @@ def factorial_run(context: Context) -> tuple[Data, Findings]:
 
 
 def _about_effects(effects: Sequence[Any], count: int) -> list[str]:
-    clear = [e for e in effects if e.factors and e.low > e.by_chance]
-    names = ", ".join(f"{_effect_name(e.factors, count)} ({e.share:.0%} of the variation, {e.by_chance:.0%} by chance)"
-                      for e in clear)  # fmt: skip
-    found = [f"Clearly more than chance: {names}." if clear else "No effect is clearly more than chance."]
     left = next((e for e in effects if not e.factors), None)
-    if left is not None:
-        found.append(f"{left.share:.0%} of the variation lies between seeds of one cell.")
-    between = [e for e in effects if len(e.factors) == 2 and "prompt" in e.factors and e.low > e.by_chance]
+    if left is None:
+        return ["One seed per cell does not tell what the factors do from what seeds do."]
+    clear = [e for e in effects if e.factors and e.p < _SURE]
+    shown = [f"{_effect_name(e.factors, count)} ({e.share:.0%} of the variation, p {_small(e.p)})" for e in clear]
+    found = [f"More than seeds explain: {', '.join(shown)}." if clear else "No effect is more than seeds explain."]
+    found.append(f"{left.share:.0%} of the variation lies between seeds of one cell.")
+    between = [_effect_name(e.factors, count) for e in clear if len(e.factors) == 2 and "prompt" in e.factors]
     if between:
-        found.append(f"Prompt and adapter interfere: {', '.join(_effect_name(e.factors, count) for e in between)}.")
+        found.append(f"Prompt and adapter interfere: {', '.join(between)}.")
     else:
-        found.append("No interaction of the prompt with rank, placement or order is clearly more than chance.")
+        found.append("No interaction of the prompt with rank, placement or order is more than seeds explain.")
     return found
+
+
+def _small(p: float) -> str:
+    return "< .001" if p < 0.001 else f"{p:.3f}".lstrip("0")
 
 
 def _effect_name(factors: tuple[str, ...], count: int) -> str:
