@@ -23,8 +23,9 @@ _IDENTITY_STD = 0.05
 class ItemOutput(NamedTuple):
     """Of N items: `vectors [N, d]`, `mass [N, M]` (attention share per modality of the config, rows sum to 1, or to 0
     for an item without anything), the experts' `routing` or None, per modality what is to be aligned, `pooled [N, d]`
-    with `present bool [N]` (the mean token, or the part of it that the disentangler says), per content modality the
-    `tokens` (of width d) that were fused, and the disentangler's `parts`, or None."""
+    with `present bool [N]` (the mean token, or the part of it that the disentangler says, where this training step does
+    not hide the modality), per content modality the `tokens` (of width d) that were fused, and the disentangler's
+    `parts`, or None."""
 
     vectors: Tensor
     mass: Tensor
@@ -139,11 +140,15 @@ class ItemTower(nn.Module):
             pooled[IDENTITY] = tokens[IDENTITY].values
         absent = self._absent(present)
         fused = self.fuse(tokens, absent=absent)
-        values, parts = fused.values, None
+        values = fused.values
+        parts: Disentangled | None = None
         if self.disentangle is not None:
-            parts = self._disentangled(pooled, present, absent)
-            values = values + torch.tanh(self.disentangle_gate) * parts.vector
-            pooled = parts.aligned
+            if absent is not None:
+                # What is hidden in this training step is hidden here too, and from what aligns the parts.
+                present = {name: ~absent[:, m] for m, name in enumerate(self.modalities)}
+            apart: Disentangled = self.disentangle(pooled, present)
+            values = values + torch.tanh(self.disentangle_gate) * apart.vector
+            pooled, parts = apart.aligned, apart
         # At the scale that identities start with: logits begin near zero and the softmax near uniform.
         vectors = values * (self.gain * _IDENTITY_STD)
         if self.identity is not None and absent is not None:
@@ -151,16 +156,6 @@ class ItemTower(nn.Module):
             unknown = absent[:, self.modalities.index(IDENTITY)].unsqueeze(1)
             vectors = vectors + torch.where(unknown, 0, self.identity.index_select(0, items))
         return ItemOutput(vectors, fused.mass, routing, pooled, present, content, parts)
-
-    def _disentangled(
-        self, pooled: dict[str, Tensor], present: dict[str, Tensor], absent: Tensor | None
-    ) -> Disentangled:
-        """What is hidden in this training step is hidden here too."""
-        assert self.disentangle is not None
-        if absent is not None:
-            present = {name: ~absent[:, m] for m, name in enumerate(self.modalities)}
-        parts: Disentangled = self.disentangle(pooled, present)
-        return parts
 
     def _content(self, inputs: ItemInputs) -> dict[str, Tokens]:
         tokens: dict[str, Tokens] = {}
