@@ -174,6 +174,26 @@ def dcor_by_hand(a: Tensor, b: Tensor) -> float:
     )
 
 
+def test_independence_is_of_other_items_in_every_step_while_training() -> None:
+    model = away_from_the_start(FactorAttention(NAMES, WIDTH, factors=2, sample=2))
+    x, there = vectors(), torch.tensor([1, 1, 1, 0, 1, 0]).bool()
+    present = dict.fromkeys(NAMES, there)
+
+    def losses(steps: int) -> list[float]:
+        return [model(x, present).losses["independence"].item() for _ in range(steps)]
+
+    # Two rows of any chunks are wholly dependent, a pair of equal rows is not: which pairs are looked at shows.
+    for name in NAMES:
+        x[name][1] = x[name][0]
+    model.eval()
+    assert losses(2) == [0, 0], "the first two, which are equal"
+    model.train()
+    seen = losses(20)
+    assert min(seen) < 0.9 < max(seen)
+    poisoned = {name: torch.where(there.unsqueeze(1), values, torch.nan) for name, values in x.items()}
+    assert torch.isfinite(model(poisoned, present).losses["independence"])
+
+
 def test_distance_correlation() -> None:
     torch.manual_seed(1)
     a = torch.randn(40, 3, dtype=torch.float64)

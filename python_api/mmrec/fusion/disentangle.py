@@ -108,7 +108,8 @@ class FactorAttention(nn.Module):
         modalities: names, in the order of `weights`.
         width: d, a multiple of `factors`.
         factors: K, at least 2.
-        sample: items that distance correlation, which is quadratic in them, is computed on: the first ones.
+        sample: items that distance correlation, which is quadratic in them, is computed on: while training others in
+            every step, by the global random state, otherwise the first ones.
 
     Attributes:
         weights: of the last call, `[N, K, M]`, without gradient: which modality each factor listened to.
@@ -141,7 +142,7 @@ class FactorAttention(nn.Module):
         heard = cross_modal_attention(query, segments, one_each, log_bias=bias, return_mass=True)
         assert heard.mass is not None
         self.weights = heard.mass.detach()
-        loss = torch.stack([self._dependence(x[present[name]][: self.sample]) for name, x in chunks.items()]).mean()
+        loss = torch.stack([self._dependence(x[self._some(present[name])]) for name, x in chunks.items()]).mean()
         return Disentangled(self.out(heard.out.flatten(1)), chunks, {}, {"independence": loss})
 
     def _factors(self, x: Tensor) -> Tensor:
@@ -151,6 +152,12 @@ class FactorAttention(nn.Module):
         if x is None:
             return Segment(query[:0], query[:0], torch.zeros_like(one_each))
         return Segment(self._factors(self.key(x)), self._factors(x), one_each)
+
+    def _some(self, present: Tensor) -> Tensor:
+        rows = present.nonzero().squeeze(1)
+        if self.training and len(rows) > self.sample:
+            rows = rows[torch.randperm(len(rows), device=rows.device)]
+        return rows[: self.sample]
 
     def _dependence(self, x: Tensor) -> Tensor:
         chunks = self._factors(x)
