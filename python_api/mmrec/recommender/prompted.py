@@ -45,7 +45,8 @@ class PromptedConfig:
         learning_rate, prompt_learning_rate: of the adapter and of the vectors, AdamW without decay.
         scale: factor on the cosine of user and item.
         history: last items of which the prompt tells.
-        max_length: tokens that the model reads of a text.
+        max_length: tokens of titles: of an item's, and of a history's together. What stands around them, an instruction
+            or trained vectors, comes on top, so that every prompt tells of the same titles.
         backbone, quantize: as in `Backbone.load`.
         seed: of the vectors, the adapter, the batches and dropout.
     """
@@ -62,7 +63,7 @@ class PromptedConfig:
     prompt_learning_rate: float = 3e-2
     scale: float = 20.0
     history: int = 5
-    max_length: int = 64
+    max_length: int = 128
     backbone: str | None = None
     quantize: str | None = "nf4"
     seed: int = 0
@@ -71,7 +72,9 @@ class PromptedConfig:
         for name, choices in {"prompt": PROMPTS, "placement": PLACEMENTS, "order": ORDERS}.items():
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {choices}, got {getattr(self, name)!r}")
-        least = {"soft_tokens": 1, "rank": 0, "last_layers": 1, "steps": 0, "batch_size": 2, "history": 1}
+        least = {
+            "soft_tokens": 1, "rank": 0, "last_layers": 1, "steps": 0, "batch_size": 2, "history": 1, "max_length": 1,
+        }  # fmt: skip
         for name, minimum in least.items():
             if getattr(self, name) < minimum:
                 raise ValueError(f"{name} must be ≥ {minimum}, got {getattr(self, name)}")
@@ -136,7 +139,8 @@ class PromptedRecommender:
         losses: of each step of `fit`.
 
     Raises:
-        ValueError: an item without text, or what `Backbone.load` refuses.
+        ValueError: an item without text, no room for `max_length` tokens of titles in what the model reads beside the
+            rest of a prompt, or what `Backbone.load` refuses.
     """
 
     config: PromptedConfig
@@ -155,18 +159,26 @@ class PromptedRecommender:
             last = config.last_layers if config.placement == "last" else None
             targets = "attention" if config.placement == "attention" else "all-linear"
             lora = LoRAConfig(config.rank, targets=targets, last_layers=last, seed=config.seed)
-        self.backbone: Backbone = Backbone.load(
-            config.backbone, quantize=config.quantize, lora=lora, max_length=config.max_length
-        )
+        self.backbone: Backbone = Backbone.load(config.backbone, quantize=config.quantize, lora=lora)
         self.soft_prompt = None
         if config.is_soft:
             self.soft_prompt = self.backbone.soft_prompt({"side": (2, config.soft_tokens)}, seed=config.seed)
         if self.template is None:
             self.template = HardPrompt(
                 intro="Someone chose these items, one after another:", question="The next item is:",
-                history=config.history,
+                history=config.history, value_chars=max(map(len, self.texts)),
             )  # fmt: skip
         self._special = special_tokens(self.backbone.tokenizer)
+        around = config.soft_tokens if config.is_soft else 0
+        around += self._count([self.template.build([]).text if config.is_hard else ""])[0]
+        positions = self.backbone.max_length
+        if config.max_length + around > positions:
+            raise ValueError(
+                f"max_length must be at most {positions - around}, what the model reads ({positions} tokens) less what "
+                f"stands around titles ({around}), got {config.max_length}"
+            )
+        self._titles = [self._cut(text) for text in self.texts]
+        self._sizes = self._count([f"; {title}" for title in self._titles]) - self._count([""])[0]
 
     @property
     def num_trained(self) -> int:
@@ -174,17 +186,25 @@ class PromptedRecommender:
         soft = [] if self.soft_prompt is None else list(self.soft_prompt.parameters())
         return sum(p.numel() for p in [*soft, *self.backbone.trainable_parameters()])
 
+    def titles(self, history: Sequence[int] | np.ndarray) -> list[str]:
+        """What a prompt tells of a history of item rows, oldest first: the last titles that fit `max_length` tokens
+        together, the last one always."""
+        rows = np.asarray(history, dtype=np.int64)[-self.config.history :]
+        fit = int((self._sizes[rows[::-1]].cumsum() <= self.config.max_length).sum())
+        return [self._titles[item] for item in rows[len(rows) - max(fit, 1) :]] if len(rows) else []
+
     def prompt(self, history: Sequence[int] | np.ndarray) -> str:
         """What the model reads of a history of item rows, oldest first."""
-        titles = [self.texts[item] for item in history][-self.config.history :]
+        titles = self.titles(history)
         assert self.template is not None
         if self.config.is_hard:
-            room = self.config.max_length - (self.config.soft_tokens if self.config.is_soft else 0)
-            return self.template.build(titles, budget=room, count=self._count, special=self._special).text
+            # Quotes and line breaks take room too, for which a model of few positions may have to leave out a title.
+            room = self.backbone.max_length - (self.config.soft_tokens if self.config.is_soft else 0)
+            return self.template.build(titles, budget=room, count=self._counted, special=self._special).text
         return "; ".join(reversed(titles))
 
     def fit(self, examples: Examples, progress: Callable[[int, int, float], None] | None = None) -> None:
-        """Trains on `examples`, drawn with replacement in `config.steps` batches.
+        """Trains on `examples` in `config.steps` batches: in a new order as often as it takes, each once per time.
 
         Raises:
             ValueError: no examples, or a loss that is not finite.
@@ -195,13 +215,12 @@ class PromptedRecommender:
             return
         if not len(examples):
             raise ValueError("examples must not be empty")
-        random = np.random.default_rng(config.seed)
+        rows = _shuffled(len(examples), config.steps * config.batch_size, config.seed)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(config.seed)
             self.backbone.train()
             try:
-                for step in range(config.steps):
-                    chosen = random.integers(len(examples), size=config.batch_size)
+                for step, chosen in enumerate(np.split(rows, config.steps)):
                     loss = self._loss(*examples.rows(chosen))
                     if not torch.isfinite(loss):
                         raise ValueError(f"the loss became {loss.item()} in step {step + 1}; lower learning rates help")
@@ -218,7 +237,7 @@ class PromptedRecommender:
 
     def item_vectors(self) -> Tensor:
         """`[I, d]`, of length 1."""
-        return self._vectors(list(self.texts), _ITEM)
+        return self._vectors(self._titles, _ITEM)
 
     def user_vectors(self, histories: Ragged) -> Tensor:
         """`[n, d]`, of length 1, of histories of item rows, oldest first."""
@@ -248,7 +267,7 @@ class PromptedRecommender:
 
     def _loss(self, histories: list[np.ndarray], targets: Tensor) -> Tensor:
         query = self._vectors([self.prompt(history) for history in histories], _USER, grad=True)
-        key = self._vectors([self.texts[item] for item in targets.tolist()], _ITEM, grad=True)
+        key = self._vectors([self._titles[item] for item in targets.tolist()], _ITEM, grad=True)
         return info_nce(query, key, scale=self.config.scale, symmetric=False, key_ids=targets)
 
     def _vectors(self, texts: list[str], side: int, *, grad: bool = False) -> Tensor:
@@ -259,5 +278,25 @@ class PromptedRecommender:
         assert found is not None
         return F.normalize(found.float(), dim=1)
 
-    def _count(self, texts: Sequence[str]) -> list[int]:
+    def _cut(self, text: str) -> str:
+        """The longest beginning of at most `max_length` tokens."""
+        most = self.config.max_length + self._count([""])[0]
+        if self._count([text])[0] <= most:
+            return text
+        fits, too_long = 0, len(text)
+        while too_long - fits > 1:
+            middle = (fits + too_long) // 2
+            fits, too_long = (middle, too_long) if self._count([text[:middle]])[0] <= most else (fits, middle)
+        return text[:fits].rstrip()
+
+    def _count(self, texts: Sequence[str]) -> np.ndarray:
+        return np.array(self._counted(texts))
+
+    def _counted(self, texts: Sequence[str]) -> list[int]:
         return [len(row) for row in self.backbone.tokenizer(list(texts), verbose=False)["input_ids"]]
+
+
+def _shuffled(count: int, most: int, seed: int) -> np.ndarray:
+    """So many rows of `count`: one order of all after the other."""
+    random = np.random.default_rng(seed)
+    return np.concatenate([random.permutation(count) for _ in range(-(-most // count))])[:most]
