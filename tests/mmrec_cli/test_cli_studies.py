@@ -57,6 +57,9 @@ def test_results_pairs_seeds_and_reuses_finished_runs(
     again = tmp_path / "again.json"
     mmrec("results", *options, "--json", again).succeeded()
     assert read_json(again) == found
+    unordered = mmrec("results", *options, "--protocol", "G", "--peer", "esasrec")
+    unordered.failed("--model esasrec: histories have no order under protocol G")
+    assert "seed 0" not in unordered.out, "what a peer lacks is known before anything is trained"
 
 
 @pytest.mark.parametrize("seeds", ["0,1", "0,0,1", "a,b,c", "", "-1,0,1"])

@@ -106,7 +106,7 @@ class Peers:
         names: which.
 
     Raises:
-        ValueError: a name or setting that there is not.
+        ValueError: a name or setting that there is not, or a model that the data has not enough for.
     """
 
     def __init__(self, data: Data, choices: Choices, models: Sequence[str]) -> None:
@@ -116,6 +116,8 @@ class Peers:
         self.data = data
         self._makers = _Makers(data, choices)
         self.names: list[str] = list(models) or self._makers.possible()
+        for name in self.names:
+            self._makers.check(name)
         given = _parsed(choices.settings, self.names)
         self._settings = {name: _settings(name, given) for name in self.names}
 
@@ -168,6 +170,13 @@ class _Makers:
         reads |= {"order"} if self.data.split.protocol != "G" else set()
         return [name for name, peer in NAMES.items() if peer.reads in reads]
 
+    def check(self, name: str) -> None:
+        """``ValueError`` where the data has not what the model reads."""
+        if NAMES[name].reads == "order" and self.data.split.protocol == "G":
+            raise ValueError(f"--model {name}: histories have no order under protocol G; take S or T")
+        if NAMES[name].reads == "content" and not self._modalities:
+            raise ValueError(f"--model {name}: {self.data.catalogue.name!r} has no text, images or feature files")
+
     def content(self) -> dict[str, Any]:
         """What is read of the items and how, as JSON values."""
         config = self.choices.config_of_content(self.data.catalogue).to_dict()
@@ -175,21 +184,17 @@ class _Makers:
         return {"modalities": list(self._modalities), **{name: config[name] for name in read}}
 
     def maker(self, name: str, own: Mapping[str, Any]) -> Callable[[], Any]:
-        """Of the model; ``ValueError`` where the data has not what it reads."""
+        """Of the model."""
         from ..peers import BM3, BPR, FREEDOM, VBPR, LightGCN, SASRec
 
         split = self.data.split
         if NAMES[name].reads == "order":
-            if split.protocol == "G":
-                raise ValueError(f"--model {name}: histories have no order under protocol G; take S or T")
             return lambda: SASRec(split.popularity > 0, **own)
         if name == "bpr":
             return lambda: BPR(split.num_users, split.num_items, **own)
         if name == "lightgcn":
             return lambda: LightGCN(self._graph, **own)
         features = self._features
-        if not features:
-            raise ValueError(f"--model {name}: {self.data.catalogue.name!r} has no text, images or feature files")
         if name == "vbpr":
             import torch
 
@@ -215,8 +220,6 @@ class _Makers:
         """Each modality's vectors, averaged per item. The table is among the texts."""
         from ..recommender.training.features import prepare_content
 
-        if not self._modalities:
-            return []
         config = self.choices.config_of_content(self.data.catalogue).replace(modalities=self._modalities)
         content = prepare_content(self.data.catalogue, config, ~self.data.split.cold_items, cache=cache_folder())
         return [content.inputs.tokens[name].mean() for name in self._modalities]
