@@ -150,8 +150,14 @@ class Curve:
 
     @property
     def area(self) -> float:
-        rates, values = np.asarray(self.rates), np.asarray(self.values)
-        return float(((values[1:] + values[:-1]) / 2 * np.diff(rates)).sum() / (rates[-1] - rates[0]))
+        return float(area(self.rates, np.asarray(self.values)))
+
+
+def area(rates: Sequence[float], values: np.ndarray) -> np.ndarray:
+    """:attr:`Curve.area` of ``values [rates, …]``, along the first axis."""
+    width = np.diff(rates).reshape(-1, *[1] * (values.ndim - 1))
+    found: np.ndarray = ((values[1:] + values[:-1]) / 2 * width).sum(0) / (rates[-1] - rates[0])
+    return found
 
 
 def missing_curve(

@@ -26,6 +26,7 @@ _GROUPS = {
     "cold-among-all": "Targets that training never saw, ranked among all items",
     "cold-among-cold": "The same targets, ranked among items that training never saw",
 }
+_OWN = ("align", "align_weight", "disentangle")
 _NONE, _IDENTITY = "none", "identity-only"
 
 
@@ -51,6 +52,9 @@ def alignment_run(context: Context) -> tuple[Data, Findings]:
     settings: AlignmentSettings = context.settings
     if _NONE not in settings.kinds or len(set(settings.kinds)) != len(settings.kinds):
         raise ValueError(f"--set kinds must be distinct and hold {_NONE!r}, got {', '.join(settings.kinds)}")
+    own = [entry for entry in settings.train if entry.partition("=")[0] in _OWN]
+    if own:
+        raise ValueError(f"--set train cannot hold {', '.join(own)}: --set kinds and align_weight say how to align")
     data = context.load("S", hold_out=settings.hold_out)
     configs = {kind: _config(kind, settings, data) for kind in settings.kinds}
     plain = {_IDENTITY: only(configs[_NONE], ("identity",))}
@@ -119,25 +123,30 @@ def _difference_tables(results: Mapping[str, Sequence[Result]]) -> list[Table]:
     return tables
 
 
+def _known_mean(values: Sequence[float]) -> float:
+    """Of those that are not NaN; NaN of none."""
+    known = [value for value in values if value == value]
+    return sum(known) / len(known) if known else float("nan")
+
+
+def _agreement(leaks: Sequence[Leakage]) -> float:
+    return _known_mean([value for leak in leaks for value in leak.agreement.values()])
+
+
 def _leak_table(leaks: Mapping[str, Sequence[Leakage]]) -> Table:
-    import numpy as np
-
-    def mean(values: Sequence[float]) -> float:
-        known = [value for value in values if value == value]
-        return float(np.mean(known)) if known else float("nan")
-
     rows = []
     for kind, found in leaks.items():
         values: dict[str, float] = {
-            "modality told from it": mean([leak.modality for leak in found]),
-            "agreement": mean([value for leak in found for value in leak.agreement.values()]),
-            "private from shared": mean([value for leak in found for value in leak.within.values()]),
-            "private from private": mean([value for leak in found for value in leak.across.values()]),
+            "modality told from it": _known_mean([leak.modality for leak in found]),
+            "agreement": _agreement(found),
+            "private from shared": _known_mean([value for leak in found for value in leak.within.values()]),
+            "private from private": _known_mean([value for leak in found for value in leak.across.values()]),
         }
         rows.append({"model": kind, "values": values})
     hint = (
         "Linear probes, held out: how well the modality is told from what is aligned (0 chance, 1 always), R² of one "
-        "modality's part from another's, and R² of private parts, where there are any."
+        "modality's part from another's, and R² of private parts, where there are any; means over seeds, and over the "
+        "modalities and pairs that a probe can be fitted to."
     )
     return Table("What the aligned vectors hold", ("model",), rows, hint=hint)
 
@@ -159,6 +168,9 @@ def _sentences(results: Mapping[str, Sequence[Result]], leaks: Mapping[str, Sequ
                 f"On {words} HR@10 is {level[_IDENTITY]['HR@10'].mean:.4f} for identities alone and "
                 f"{level[_NONE]['HR@10'].mean:.4f} with content and no alignment."
             )
-    best = max(leaks, key=lambda kind: sum(sum(leak.agreement.values()) for leak in leaks[kind]))
-    found.append(f"One modality's part says most of another's with {best}.")
+    told = {kind: _agreement(entry) for kind, entry in leaks.items()}
+    told = {kind: value for kind, value in told.items() if value == value}
+    if told:
+        best = max(told, key=lambda kind: told[kind])
+        found.append(f"One modality's part says most of another's with {best} (R² {told[best]:.2f}).")
     return found

@@ -87,6 +87,8 @@ class Findings:
         sentences: what they say, and what they do not.
         facts: further JSON values that belong to the figures, such as sizes and settings.
         sections: of the report beside these, see `write_report`.
+        protocol, split, split_rule: what the figures are of, where that is not the data's own split.
+        seeds: those that decided the figures, where not all of the context's did.
     """
 
     question: str
@@ -95,6 +97,10 @@ class Findings:
     charts: Sequence[Chart] = ()
     facts: Mapping[str, Any] = field(default_factory=dict)
     sections: Mapping[str, Any] = field(default_factory=dict)
+    protocol: str | None = None
+    split: str | None = None
+    split_rule: str | None = None
+    seeds: Sequence[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,10 +133,12 @@ class Context:
     def write(self, data: Data, found: Findings, started: float) -> dict[str, Any]:
         """Prints the findings and writes ``results.json``, ``results.md`` and ``report.html``; returns the first."""
         settings = dataclasses.asdict(self.settings)
+        split = data.split
         content = {
             "command": f"experiment {self.name}", "question": found.question, "dataset": data.catalogue.name,
-            "fingerprint": data.fingerprint, "protocol": data.split.protocol, "split": data.split.id,
-            "split_rule": data.split.origin, "seed": list(self.seeds), "settings": settings,
+            "fingerprint": data.fingerprint, "protocol": found.protocol or split.protocol,
+            "split": found.split or split.id, "split_rule": found.split_rule or split.origin,
+            "seed": list(self.seeds if found.seeds is None else found.seeds), "settings": settings,
             "seconds": round(time.monotonic() - started, 1), "facts": dict(found.facts),
             "tables": [table.to_dict() for table in found.tables],
             "charts": [dataclasses.asdict(chart) for chart in found.charts], "findings": list(found.sentences),
@@ -149,7 +157,7 @@ class Context:
         lines = [
             f"## {self.name}: {content['dataset']}, protocol {content['protocol']}", "", found.question, "",
             f"Fingerprint `{content['fingerprint'][:12]}`, {content['split_rule']}; seeds "
-            f"{', '.join(map(str, self.seeds))}; {content['seconds']:.0f} s.",
+            f"{', '.join(map(str, content['seed']))}; {content['seconds']:.0f} s.",
         ]  # fmt: skip
         for table in found.tables:
             head = [*table.labels, *table.columns]
@@ -167,7 +175,7 @@ class Context:
             "subtitle": found.question,
             "fingerprint": content["fingerprint"][:12],
             "protocol": f"{content['protocol']}: {content['split_rule']}",
-            "seeds": list(self.seeds),
+            "seeds": content["seed"],
             "findings": list(found.sentences),
             "tables": [
                 {"title": t.title, "hint": t.hint, "labels": list(t.labels), "signed": t.signed, "rows": list(t.rows)}

@@ -24,17 +24,17 @@ METRICS = ("HR@10", "NDCG@10")
 
 @dataclass(frozen=True)
 class CellSettings:
-    """What all cells have in common; see `PromptedConfig`."""
+    """What all cells have in common; see `PromptedConfig`. `users`: test users, drawn; `quantize`: "nf4" or "none"."""
 
     users: int = 1000
-    steps: int = 60
+    steps: int = 64
     batch_size: int = 32
     history: int = 5
-    max_length: int = 64
+    max_length: int = 128
     learning_rate: float = 1e-3
     prompt_learning_rate: float = 3e-2
     backbone: str | None = None
-    quantize: str | None = "nf4"
+    quantize: str = "nf4"
 
     def config(self, **changes: Any) -> PromptedConfig:
         """A cell's config."""
@@ -43,16 +43,18 @@ class CellSettings:
         shared = {
             field.name: getattr(self, field.name) for field in dataclasses.fields(CellSettings) if field.name != "users"
         }
+        shared["quantize"] = None if self.quantize == "none" else self.quantize
         return PromptedConfig(**{**shared, **changes})
 
 
 class Cells:
-    """Trains and evaluates configs on one split, and keeps the results."""
+    """Trains and evaluates configs on one split, a sample of whose test users counts, and keeps the results."""
 
     def __init__(self, context: Context) -> None:
         self.context = context
-        self.data: Data = context.load("S")
-        self.split: Split = limit_users(self.data.split, context.settings.users)
+        data = context.load("S")
+        self.split: Split = limit_users(data.split, context.settings.users)
+        self.data: Data = dataclasses.replace(data, split=self.split)
         self.texts = self.data.catalogue.item_titles
         self._examples: dict[tuple[int | None, int], Examples] = {}
 
@@ -82,6 +84,10 @@ class Cells:
         say(f"{name}, seed {config.seed}: NDCG@10 {result.metrics['NDCG@10']:.4f}, {model.num_trained} numbers trained")
         return result
 
+    def available(self, history: int) -> int:
+        """How many training interactions there are to learn from."""
+        return len(self._of(history, None, 0))
+
     def _of(self, history: int, most: int | None, seed: int) -> Examples:
         from ...recommender.prompted import Examples
 
@@ -90,12 +96,26 @@ class Cells:
             self._examples[key] = Examples.of(self.split, history, most=most, seed=seed)
         return self._examples[key]
 
+    def titles(self) -> dict[str, float]:
+        """How many titles prompts tell of, and how many the histories' last `history` items are, on average."""
+        import numpy as np
+
+        from ...recommender.prompted import PromptedRecommender
+
+        reader = PromptedRecommender(self.context.settings.config(prompt="plain", rank=0), self.texts)
+        histories = self.split.history("test").rows(self.split.users("test"))
+        rows = [histories.ids[a:b] for a, b in zip(histories.offsets[:-1], histories.offsets[1:], strict=True)]
+        kept = [len(reader.titles(row)) for row in rows]
+        return {
+            "titles of a prompt": float(np.mean(kept)),
+            "of a history's last": float(np.mean([min(len(row), reader.config.history) for row in rows])),
+        }
+
     def floors(self) -> dict[str, list[Result]]:
         """The floors on the same users."""
         from ..rankers import evaluate_floor, floor_names
 
-        data = dataclasses.replace(self.data, split=self.split)
-        return {name: [evaluate_floor(name, data, metrics=with_metrics(METRICS))] for name in floor_names(None)}
+        return {name: [evaluate_floor(name, self.data, metrics=with_metrics(METRICS))] for name in floor_names(None)}
 
 
 def per_user_values(results: Sequence[Result], metric: str = "NDCG@10") -> Any:
@@ -122,7 +142,7 @@ def means_table(
 
 def facts_of(cells: Cells, configs: Mapping[str, PromptedConfig]) -> dict[str, Any]:
     return {
-        "split of the sample": cells.split.origin,
         "test users": len(cells.split.users("test")),
+        **cells.titles(),
         "cells": {name: dataclasses.asdict(config) for name, config in configs.items()},
     }

@@ -48,7 +48,7 @@ def latency_run(context: Context) -> tuple[Data, Findings]:
     runs = {name: found[0] for name, found in train_all(first, data, configs).items()}
     stages, points, rows = measure(
         runs, data, dtypes=settings.dtypes, depths=settings.depths, batches=(1, 8, 32), widths=settings.widths,
-        reranker=None if settings.reranker is None else load_reranker(settings.reranker, "nf4"),
+        reranker=None if settings.reranker is None else load_reranker(settings.reranker, settings.quantize),
         rerank_users=settings.rerank_users, seconds=settings.seconds, seed=first.seeds[0],
     )  # fmt: skip
     tables = [
@@ -74,7 +74,8 @@ def latency_run(context: Context) -> tuple[Data, Findings]:
                 f"{row['users']} users by {mean:+.4f} [{low:+.4f}, {high:+.4f}]."
             )
     chart = {"frontier": {"quality": _QUALITY, "rows": rows}}
-    return data, Findings("What does quality cost in milliseconds?", tables, sentences, sections=chart)
+    question = "What does quality cost in milliseconds?"
+    return data, Findings(question, tables, sentences, sections=chart, seeds=first.seeds)
 
 
 def _named(row: dict[str, Any]) -> str:

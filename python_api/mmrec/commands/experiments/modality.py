@@ -101,7 +101,10 @@ _HINT = (
 
 def missing_run(context: Context) -> tuple[Data, Findings]:
     """Takes content away at every rate, fills it in in several ways, and trains with gaps."""
+    import numpy as np
+
     from ...evaluation.floors import cosine_neighbours
+    from ...evaluation.modality import area
 
     settings: MissingSettings = context.settings
     if len(settings.rates) < 2 or any(b <= a for a, b in zip(settings.rates, settings.rates[1:], strict=False)):
@@ -113,21 +116,23 @@ def missing_run(context: Context) -> tuple[Data, Findings]:
     configs = {f"modality_dropout {rate:g}": base.replace(modality_dropout=rate) for rate in settings.dropout}
     runs = train_all(context, data, configs)
     nearest = cosine_neighbours(data.split.train, data.split.num_items)
-    curves: dict[tuple[str, str, str], list[list[float]]] = {}
+    curves: dict[tuple[str, str, str], list[np.ndarray]] = {}
     for name, found in runs.items():
         for run, seed in _seeded(found, context):
             score = _scorer(run, data)
             for kind in _KINDS:
                 for fill in _FILLS if kind == "random" else ("nothing",):
                     values = [_at(score, nearest, base.content, kind, rate, fill, seed) for rate in settings.rates]
-                    curves.setdefault((name, kind, fill), []).append(values)
-    rows = [_curve_row(key, values, settings.rates) for key, values in curves.items()]
+                    curves.setdefault((name, kind, fill), []).append(np.stack(values))
+    areas = {key: np.stack([area(settings.rates, values) for values in entry]) for key, entry in curves.items()}
+    levels = {key: np.mean([values.mean(1) for values in entry], axis=0).tolist() for key, entry in curves.items()}
+    rows = [_curve_row(key, areas[key], levels[key], settings.rates) for key in curves]
     charts = [
         Chart(
             f"{kind}: {_METRIC}", "share taken away",
             {
-                f"{name}, {fill}": list(zip(settings.rates, _mean(values), strict=True))
-                for (name, of, fill), values in curves.items()
+                f"{name}, {fill}": list(zip(settings.rates, values, strict=True))
+                for (name, of, fill), values in levels.items()
                 if of == kind and (fill == "nothing" or name == next(iter(configs)))
             },
         )
@@ -140,14 +145,17 @@ def missing_run(context: Context) -> tuple[Data, Findings]:
         Table(f"Curves, {_METRIC}", ("model", "taken away", "filled by"), rows, hint=_CURVE_HINT),
     ]  # fmt: skip
     question = "How does the model bear missing content, and does filling it in help?"
-    return data, Findings(question, tables, _about_curves(rows), charts)
+    return data, Findings(question, tables, _about_curves(areas), charts)
 
 
-_FILLS = ("nothing", "mean", "neighbour", "left out")
+_FILLS = {
+    "nothing": "leaving them", "mean": "Filling gaps by the mean", "neighbour": "Filling gaps by a neighbour",
+    "left out": "Leaving their items out",
+}  # fmt: skip
 _CURVE_HINT = (
-    "Means over seeds; area: mean level over the rates. Taken away of random items, of rare items first, or whole "
-    "modalities; identities stay. Filled by nothing (the model's own way), the mean content, that of the item most "
-    "often chosen with it, or the item left out of the ranking once it has lost anything."
+    "Means over users and seeds; area: mean level over the rates. Taken away of random items, of rare items first, or "
+    "whole modalities; identities stay. Filled by nothing (the model's own way), the mean content, that of the item "
+    "most often chosen with it, or the item left out of the ranking once it has lost anything."
 )
 
 
@@ -178,8 +186,8 @@ def _probed(score: SourceScorer, permutations: int, seed: int) -> dict[str, Any]
 
 def _at(
     score: SourceScorer, nearest: Neighbours, content: Sequence[str], kind: Any, rate: float, fill: str, seed: int
-) -> float:
-    """The metric with this share of the content taken away and filled in."""
+) -> np.ndarray:
+    """The metric per user with this share of the content taken away and filled in."""
     import numpy as np
 
     from ...evaluation.modality import missing, sources_of
@@ -189,12 +197,12 @@ def _at(
     left = missing(score.present, rate, kind, popularity=score.split.popularity, modalities=list(content), seed=seed)
     if fill == "left out":
         lost = np.any([(left[name] < 0) & (own[name] >= 0) for name in content], axis=0)
-        return float(score.per_user(left, candidates=np.flatnonzero(~lost)).mean())
+        return score.per_user(left, candidates=np.flatnonzero(~lost))
     if fill == "mean":
         left |= {name: np.where((left[name] < 0) & (own[name] >= 0), MEAN, left[name]) for name in content}
     elif fill == "neighbour":
         left |= {name: _from_neighbours(left[name], own[name], nearest) for name in content}
-    return score(left)
+    return score.per_user(left)
 
 
 def _from_neighbours(left: np.ndarray, own: np.ndarray, nearest: Neighbours) -> np.ndarray:
@@ -215,13 +223,6 @@ def _seeded(runs: Sequence[TrainedRun], context: Context) -> list[tuple[TrainedR
     return list(zip(runs, context.seeds, strict=True))
 
 
-def _mean(values: Sequence[Sequence[float]]) -> list[float]:
-    import numpy as np
-
-    found: list[float] = np.mean(values, axis=0).tolist()
-    return found
-
-
 def _mass(runs: Sequence[TrainedRun]) -> dict[str, dict[str, float]]:
     """Mean over the seeds."""
     told = [run.attention() for run in runs]
@@ -231,14 +232,14 @@ def _mass(runs: Sequence[TrainedRun]) -> dict[str, dict[str, float]]:
     }
 
 
-def _curve_row(key: tuple[str, str, str], values: Sequence[Sequence[float]], rates: Sequence[float]) -> dict[str, Any]:
-    from ...evaluation.modality import Curve
+def _curve_row(
+    key: tuple[str, str, str], areas: np.ndarray, level: Sequence[float], rates: Sequence[float]
+) -> dict[str, Any]:
+    from ...evaluation import bootstrap
 
-    level = _mean(values)
-    curve = Curve(tuple(rates), tuple(level))
     shown = {f"{rate:.2g}": value for rate, value in zip(rates, level, strict=True)}
     return {
-        "model": key[0], "taken away": key[1], "filled by": key[2], "values": {"area": curve.area, **shown},
+        "model": key[0], "taken away": key[1], "filled by": key[2], "values": {"area": bootstrap(areas), **shown},
     }  # fmt: skip
 
 
@@ -265,15 +266,18 @@ def _about(rows: Sequence[Mapping[str, Any]], whole: str, results: Mapping[str, 
     return found
 
 
-def _about_curves(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _about_curves(areas: Mapping[tuple[str, str, str], np.ndarray]) -> list[str]:
+    from ...evaluation import paired_bootstrap
+
     found = []
+    models = list(dict.fromkeys(model for model, _, _ in areas))
     for kind in _KINDS:
-        own = [row for row in rows if row["taken away"] == kind and row["filled by"] == "nothing"]
-        best = max(own, key=lambda row: row["values"]["area"])
-        found.append(f"{kind}: the largest area has {best['model']}, {best['values']['area']:.4f}.")
-    filled = [row for row in rows if row["taken away"] == "random"]
-    for model in dict.fromkeys(row["model"] for row in filled):
-        areas = {row["filled by"]: row["values"]["area"] for row in filled if row["model"] == model}
-        told = ", ".join(f"{fill} {area:.4f}" for fill, area in sorted(areas.items(), key=lambda entry: -entry[1]))
-        found.append(f"{model}, areas by what fills the gaps: {told}.")
+        for model in models[1:]:
+            more = paired_bootstrap(areas[model, kind, "nothing"], areas[models[0], kind, "nothing"])
+            found.append(f"{kind}: {sentence(model, models[0], 'area', more)}")
+    for model in models:
+        for fill, words in _FILLS.items():
+            if fill != "nothing":
+                more = paired_bootstrap(areas[model, "random", fill], areas[model, "random", "nothing"])
+                found.append(f"{model}: {sentence(words, _FILLS['nothing'], 'area', more)}")
     return found

@@ -5,7 +5,7 @@ All rank every item for a sample of the test users by `PromptedRecommender`.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import TYPE_CHECKING, Any
@@ -16,6 +16,7 @@ from .cells import METRICS, Cells, CellSettings, facts_of, mean_of, means_table,
 
 if TYPE_CHECKING:
     from ...evaluation import Result
+    from ...recommender.prompted import PromptedConfig
 
 __all__ = ["factorial_run", "gap_run", "soft_prompt_lora_run"]
 
@@ -33,21 +34,26 @@ class SoftPromptLoraSettings(CellSettings):
 
 
 @dataclass(frozen=True)
-class GapSettings(SoftPromptLoraSettings):
-    """`examples`: how many training interactions there are; the steps stay the same."""
+class GapSettings(CellSettings):
+    """`examples`: how many training interactions there are; the steps stay the same, and see all of them. `rank` of
+    adapters of all linear layers, `soft_tokens` trained vectors."""
 
-    examples: tuple[int, ...] = (64, 512, 4096)
+    rank: int = 8
+    soft_tokens: int = 8
+    examples: tuple[int, ...] = (64, 512, 2048)
 
 
 @dataclass(frozen=True)
 class FactorialSettings(CellSettings):
-    """Levels of each factor; a quarter of the steps of the others, for there are many cells."""
+    """Levels of each factor, "last" being that of `last_layers`; fewer steps than the others have, for there are many
+    cells."""
 
     steps: int = 24
     prompts: tuple[str, ...] = ("soft", "hybrid")
     ranks: tuple[int, ...] = (2, 8)
     placements: tuple[str, ...] = ("attention", "last")
     orders: tuple[str, ...] = ("joint", "prompt-first", "adapter-first")
+    last_layers: int = 2
     soft_tokens: int = 8
 
 
@@ -56,14 +62,14 @@ def soft_prompt_lora_run(context: Context) -> tuple[Data, Findings]:
     from ...evaluation import paired_bootstrap
 
     settings: SoftPromptLoraSettings = context.settings
-    cells, own = Cells(context), _own(settings)
+    cells = Cells(context)
+    soft = {"prompt": "soft", "soft_tokens": settings.soft_tokens}
+    lora = {"rank": settings.rank, "placement": "last", "last_layers": settings.last_layers}
     configs = {
         "frozen": settings.config(prompt="plain", rank=0),
-        "soft prompt": settings.config(prompt="soft", rank=0, soft_tokens=own["soft_tokens"]),
-        "LoRA, last layers": settings.config(
-            prompt="plain", rank=own["rank"], placement="last", last_layers=own["last_layers"]
-        ),
-        "both": settings.config(prompt="soft", placement="last", **own),
+        "soft prompt": settings.config(rank=0, **soft),
+        "LoRA, last layers": settings.config(prompt="plain", **lora),
+        "both": settings.config(**soft, **lora),
     }
     results = {name: cells.results(name, config) for name, config in configs.items()}
     to_frozen = pairs(results, "frozen", METRICS)
@@ -86,27 +92,27 @@ def soft_prompt_lora_run(context: Context) -> tuple[Data, Findings]:
     kind = kind if together.excludes_zero else "cannot be told from adding up"
     sentences.append(f"Soft prompt and LoRA {kind}: interaction {together} in NDCG@10.")
     return cells.data, Findings(
-        "Do soft prompts and LoRA on the last layers add up?", tables, sentences, facts=facts_of(cells, configs)
-    )
+        "Do soft prompts and LoRA on the last layers add up?", tables, sentences, facts=facts_of(cells, configs),
+    )  # fmt: skip
 
 
 def gap_run(context: Context) -> tuple[Data, Findings]:
     """Hard against soft prompts against LoRA, by how many examples there are."""
     settings: GapSettings = context.settings
-    cells, own = Cells(context), _own(settings)
-    ways: dict[str, dict[str, Any]] = {
-        "soft prompt": {"prompt": "soft", "rank": 0, "soft_tokens": own["soft_tokens"]},
-        "LoRA": {"prompt": "plain", "rank": own["rank"]},
-        "LoRA, hard prompt": {"prompt": "hard", "rank": own["rank"]},
-        "hybrid": {"prompt": "hybrid", "rank": own["rank"], "soft_tokens": own["soft_tokens"]},
+    cells = Cells(context)
+    _check_examples(settings, cells)
+    soft = {"soft_tokens": settings.soft_tokens}
+    ways = {
+        "soft prompt": settings.config(prompt="soft", rank=0, **soft),
+        "LoRA": settings.config(prompt="plain", rank=settings.rank),
+        "LoRA, hard prompt": settings.config(prompt="hard", rank=settings.rank),
+        "hybrid": settings.config(prompt="hybrid", rank=settings.rank, **soft),
     }
-    frozen = {
-        name: cells.results(name, settings.config(prompt=prompt, rank=0))
-        for name, prompt in {_PLAIN: "plain", _HARD: "hard"}.items()
-    }
+    still = {name: settings.config(prompt=prompt, rank=0) for name, prompt in {_PLAIN: "plain", _HARD: "hard"}.items()}
+    frozen = {name: cells.results(name, config) for name, config in still.items()}
     trained: dict[tuple[str, int], list[Result]] = {
-        (name, most): cells.results(f"{name} {most}", settings.config(**way), most=most)
-        for most, (name, way) in product(settings.examples, ways.items())
+        (name, most): cells.results(f"{name} {most}", config, most=most)
+        for most, (name, config) in product(settings.examples, ways.items())
     }
     base = frozen[_PLAIN]
     rows = [{"way": name, "examples": "0", "values": values} for name, values in means(frozen, METRICS).items()]
@@ -139,7 +145,18 @@ def gap_run(context: Context) -> tuple[Data, Findings]:
         Table("Minus plain titles, frozen", ("way", "examples"), gaps, signed=True),
     ]
     question = "How far apart are hard prompts, soft prompts and LoRA, and how many examples does each need?"
-    return cells.data, Findings(question, tables, sentences, charts, facts_of(cells, {}))
+    facts = facts_of(cells, still | ways)
+    return cells.data, Findings(question, tables, sentences, charts, facts)
+
+
+def _check_examples(settings: GapSettings, cells: Cells) -> None:
+    seen, there = settings.steps * settings.batch_size, cells.available(settings.history)
+    wrong = [most for most in settings.examples if not 1 <= most <= min(seen, there)]
+    if wrong:
+        raise ValueError(
+            f"--set examples must be from 1 to {min(seen, there)}, for {settings.steps} steps of {settings.batch_size} "
+            f"see {seen} and there are {there}; got {wrong[0]}"
+        )
 
 
 def factorial_run(context: Context) -> tuple[Data, Findings]:
@@ -154,13 +171,8 @@ def factorial_run(context: Context) -> tuple[Data, Findings]:
         "prompt": settings.prompts, "rank": tuple(map(str, settings.ranks)), "placement": settings.placements,
         "order": settings.orders,
     }  # fmt: skip
-    results: dict[tuple[str, ...], list[Result]] = {}
-    for levels in product(*factors.values()):
-        prompt, rank, placement, order = levels
-        config = settings.config(
-            prompt=prompt, rank=int(rank), placement=placement, order=order, soft_tokens=settings.soft_tokens
-        )
-        results[levels] = cells.results(" ".join(levels), config)
+    configs = _factorial_configs(settings, factors)
+    results = {levels: cells.results(" ".join(levels), config) for levels, config in configs.items()}
     shape = [len(levels) for levels in factors.values()]
     values = {
         metric: np.stack([per_user_values(found, metric) for found in results.values()]).reshape(
@@ -172,10 +184,8 @@ def factorial_run(context: Context) -> tuple[Data, Findings]:
     squeezed = {metric: np.squeeze(table, tuple(n for n, size in enumerate(shape) if size == 1))
                 for metric, table in values.items()}  # fmt: skip
     effects = {metric: factorial(table, varying) for metric, table in squeezed.items()}
-    reference = {
-        name: cells.results(name, settings.config(prompt=prompt, rank=rank))
-        for name, (prompt, rank) in {_PLAIN: ("plain", 0), _HARD: ("hard", 0)}.items()
-    }
+    still = {name: settings.config(prompt=prompt, rank=0) for name, prompt in {_PLAIN: "plain", _HARD: "hard"}.items()}
+    reference = {name: cells.results(name, config) for name, config in still.items()}
     rows = [
         {"effect": _effect_name(effect.factors, len(varying)),
          "values": {"share": _share(effect), "by chance": effect.by_chance, "freedom": effect.freedom,
@@ -209,7 +219,31 @@ def factorial_run(context: Context) -> tuple[Data, Findings]:
         best = max(orders, key=lambda level: orders[level].mean)
         sentences.append(f"Of the orders of tuning, {best} has the highest mean: {orders[best].mean:.4f}.")
     question = "Which of prompt, rank, placement and order of tuning matter, and do prompt and adapter interfere?"
-    return cells.data, Findings(question, tables, sentences, facts=facts_of(cells, {}))
+    facts = facts_of(cells, still | {" ".join(levels): config for levels, config in configs.items()})
+    return cells.data, Findings(question, tables, sentences, facts=facts)
+
+
+def _factorial_configs(
+    settings: FactorialSettings, factors: Mapping[str, Sequence[str]]
+) -> dict[tuple[str, ...], PromptedConfig]:
+    """Of every cell, before any is trained."""
+    repeated = [name for name, levels in factors.items() if len(set(levels)) < len(levels)]
+    if repeated or all(len(levels) < 2 for levels in factors.values()):
+        raise ValueError(
+            f"--set prompts, ranks, placements, orders: levels must be distinct, and two at least of one factor; got "
+            f"{', '.join(f'{name} {list(levels)}' for name, levels in factors.items())}"
+        )
+    found = {}
+    for levels in product(*factors.values()):
+        prompt, rank, placement, order = levels
+        try:
+            found[levels] = settings.config(
+                prompt=prompt, rank=int(rank), placement=placement, order=order,
+                last_layers=settings.last_layers, soft_tokens=settings.soft_tokens,
+            )  # fmt: skip
+        except ValueError as error:
+            raise ValueError(f"cell {' '.join(levels)}: {error}") from None
+    return found
 
 
 def _about_effects(effects: Sequence[Any], count: int) -> list[str]:
@@ -242,7 +276,3 @@ def _share(effect: Any) -> Any:
     from ...evaluation import Interval
 
     return Interval(effect.share, effect.low, effect.high, 0.95, 0, 0, 0)
-
-
-def _own(settings: SoftPromptLoraSettings) -> dict[str, int]:
-    return {"rank": settings.rank, "last_layers": settings.last_layers, "soft_tokens": settings.soft_tokens}

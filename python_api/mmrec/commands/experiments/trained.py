@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -55,14 +57,22 @@ def train_all(
     hold_out: float | None = None,
     metrics: Sequence[str] = METRICS,
 ) -> dict[str, list[TrainedRun]]:
-    """Per name a run for each seed, seed by seed; those that are finished are used as they are."""
+    """Per name a run for each seed, seed by seed; those that are finished are used as they are.
+
+    The folder of a run tells its config apart from others of the same name: with other settings there are other runs.
+    """
     found: dict[str, list[TrainedRun]] = {name: [] for name in configs}
     source = context.source(data.split.protocol, hold_out=hold_out)
     for number, seed in enumerate(context.seeds, 1):
         for name, config in configs.items():
             say(f"seed {seed} ({number} of {len(context.seeds)}), {name}")
-            folder = context.out / "runs" / name / f"seed-{seed}"
+            folder = context.out / "runs" / f"{name}-{_digest(config)}" / f"seed-{seed}"
             found[name].append(
                 fit(data, config.replace(seed=seed), folder, source, resume=True, metrics=with_metrics(metrics))
             )
     return found
+
+
+def _digest(config: RecommenderConfig) -> str:
+    told = json.dumps(config.replace(seed=0).to_dict(), sort_keys=True)
+    return hashlib.sha256(told.encode()).hexdigest()[:8]
