@@ -30,6 +30,12 @@ def written(out: Path) -> dict[str, Any]:
     return found
 
 
+def config_of(out: Path, name: str, seed: int) -> dict[str, Any]:
+    """The config of the one run of that name."""
+    (path,) = (out / "runs").glob(f"{name}-????????/seed-{seed}/config.json")
+    return read_json(path)["config"]
+
+
 @pytest.fixture
 def training(tiny_backbone: Path) -> tuple[str, ...]:
     return ("--set", "epochs=1", "--set", f"train={TRAIN}", "--set", f"backbone={tiny_backbone}")
@@ -60,9 +66,15 @@ def test_alignment(
     assert [row["model"] for row in compared] == ["bootstrap", "infonce+contrast", "identity-only"]
     leaks = {row["model"]: row["values"] for row in rows["What the aligned vectors hold"]}
     assert leaks["none"]["private from shared"] is None and leaks["infonce+contrast"]["private from shared"] >= 0
-    config = read_json(tmp_path / "runs" / "infonce+contrast" / "seed-1" / "config.json")["config"]
+    config = config_of(tmp_path, "infonce+contrast", 1)
     assert (config["align"], config["disentangle"], config["align_weight"]) == ("infonce", "contrast", 0.1)
-    assert read_json(tmp_path / "runs" / "none" / "seed-0" / "config.json")["config"]["align_weight"] == 0
+    assert config_of(tmp_path, "none", 0)["align_weight"] == 0
+    with monkeypatch.context() as patched:
+        patched.setattr("mmrec.commands.experiments.alignment._agreement", lambda leaks: float("nan"))
+        mmrec(*options, *kinds).succeeded()
+        unknown = written(tmp_path)
+        assert tables(unknown)["What the aligned vectors hold"][0]["values"]["agreement"] is None
+        assert not any("says most" in text or "nan" in text for text in unknown["findings"])
 
     def never(*_: object, **__: object) -> None:
         raise AssertionError("trained again")
@@ -71,6 +83,7 @@ def test_alignment(
     mmrec(*options, *kinds).succeeded()
     assert tables(written(tmp_path)) == rows
     mmrec(*options, "--set", "kinds=bootstrap,infonce").failed("--set kinds", "hold 'none'")
+    mmrec(*options, "--set", "train=width=16,align=vae").failed("--set train cannot hold align=vae", "--set kinds")
     mmrec(*options, "--set", "kinds=none,magic").failed("--set kinds", "'magic'", "infonce")
     mmrec(*options, "--set", "modalities=text").failed("--set modalities", "two at least")
 
@@ -109,10 +122,17 @@ def test_missing_modality(mmrec: Mmrec, generated: Path, training: tuple[str, ..
     for row in curves:
         values = row["values"]
         assert values["0"] == pytest.approx(whole[row["model"]]), "nothing is taken away at rate 0"
-        assert values["area"] == pytest.approx((values["0"] + values["0.5"]) / 2)
+        assert values["area"]["mean"] == pytest.approx((values["0"] + values["0.5"]) / 2)
+        assert values["area"]["low"] <= values["area"]["mean"] <= values["area"]["high"]
+    areas = {tuple(row[n] for n in ("model", "taken away", "filled by")): row["values"]["area"] for row in curves}
+    more = [areas[f"modality_dropout {rate}", "whole", "nothing"]["mean"] for rate in ("0", "0.5")]
+    (told,) = (text for text in found["findings"] if text.startswith("whole: "))
+    assert f"({more[1] - more[0]:+.4f} [" in told
+    assert sum(text.startswith("modality_dropout 0: ") for text in found["findings"]) == 3
     assert {row["filled by"] for row in curves} == {"nothing", "mean", "neighbour", "left out"}
-    config = read_json(tmp_path / "runs" / "modality_dropout 0.5" / "seed-0" / "config.json")["config"]
-    assert config["modality_dropout"] == 0.5 and len(found["charts"]) == 3
+    assert config_of(tmp_path, "modality_dropout 0.5", 0)["modality_dropout"] == 0.5 and len(found["charts"]) == 3
+    mmrec(*options, *training, *own, "--set", "epochs=2").succeeded()
+    assert len(list((tmp_path / "runs").iterdir())) == 4, "another setting trains beside what is there"
     mmrec(*options, *training, "--set", "rates=0.5,0.1").failed("--set rates", "increase")
     mmrec(*options, *training, "--set", "modalities=identity").failed("--set modalities", "content to take away")
 
@@ -130,6 +150,9 @@ def test_soft_prompt_and_lora(mmrec: Mmrec, generated: Path, reading: tuple[str,
     expected = means["both"] - means["LoRA, last layers"] - means["soft prompt"] + means["frozen"]
     assert interaction["values"]["NDCG@10"]["mean"] == pytest.approx(expected, abs=1e-12)
     assert found["facts"]["test users"] == 30 and line.out.count(", seed ") == 8
+    assert found["split_rule"].endswith("30 test users (seed 0)")
+    assert 1 <= found["facts"]["titles of a prompt"] <= found["facts"]["of a history's last"] <= 2
+    assert found["facts"]["cells"]["both"]["rank"] == 2 and found["facts"]["cells"]["frozen"]["quantize"] == "nf4"
     again = mmrec(*options, *reading, *own).succeeded()
     assert ", seed " not in again.out and tables(written(tmp_path)) == rows
     other = mmrec(*options, *reading, *own, "--set", "steps=1").succeeded()
@@ -137,9 +160,13 @@ def test_soft_prompt_and_lora(mmrec: Mmrec, generated: Path, reading: tuple[str,
 
 
 def test_gap(mmrec: Mmrec, generated: Path, reading: tuple[str, ...], tmp_path: Path) -> None:
-    own = ("--set", "rank=2", "--set", "soft_tokens=2", "--set", "examples=4,16")
-    mmrec("experiment", "gap", "--data", generated, "--out", tmp_path, "--seeds", "0", *reading, *own).succeeded()
+    own = ("--set", "rank=2", "--set", "soft_tokens=2", "--set", "examples=4,8")
+    options = ("experiment", "gap", "--data", generated, "--out", tmp_path, "--seeds", "0", *reading, *own)
+    mmrec(*options, "--set", "quantize=none").succeeded()
     found = written(tmp_path)
+    assert {name: config["quantize"] for name, config in found["facts"]["cells"].items()} == dict.fromkeys(
+        ("frozen, plain", "frozen, hard prompt", "soft prompt", "LoRA", "LoRA, hard prompt", "hybrid")
+    )
     rows = tables(found)["Every way"]
     assert [(row["way"], row["examples"]) for row in rows[:3]] == [
         ("frozen, plain", "0"), ("frozen, hard prompt", "0"), ("soft prompt", "4"),
@@ -154,7 +181,10 @@ def test_gap(mmrec: Mmrec, generated: Path, reading: tuple[str, ...], tmp_path: 
         "frozen, plain",
         "frozen, hard prompt",
     }
-    assert [point[0] for point in chart["series"]["LoRA"]] == [4.0, 16.0]
+    assert [point[0] for point in chart["series"]["LoRA"]] == [4.0, 8.0]
+    mmrec(*options, "--set", "examples=9").failed("--set examples must be from 1 to 8", "2 steps of 4 see 8", "got 9")
+    mmrec(*options, "--set", "examples=0,4").failed("--set examples must be from 1 to 8", "got 0")
+    mmrec(*options, "--set", "steps=1000", "--set", "examples=4000").failed("--set examples must be", "got 4000")
 
 
 def test_factorial(mmrec: Mmrec, generated: Path, reading: tuple[str, ...], tmp_path: Path) -> None:
@@ -174,63 +204,37 @@ def test_factorial(mmrec: Mmrec, generated: Path, reading: tuple[str, ...], tmp_
     cells = [row["values"]["NDCG@10"]["mean"] for row in rows["Cells"] if row["rank"] == "1"]
     (level,) = (row for row in rows["Levels"] if row["level"] == "1")
     assert level["values"]["NDCG@10"]["mean"] == pytest.approx(sum(cells) / 4)
+    assert all(0 < values["p"] <= 1 for name, values in effects.items() if name != "between seeds")
+    assert len(found["facts"]["cells"]) == 10
+    one = ("--set", "ranks=1", "--set", "prompts=hybrid", "--set", "orders=joint", "--set", "placements=last")
+    mmrec(*options, *reading, *one).failed(
+        "levels must be distinct, and two at least of one factor", "prompt ['hybrid']"
+    )
+    mmrec(*options, *reading, "--set", "ranks=2,2").failed("levels must be distinct", "rank ['2', '2']")
+    hard = mmrec(*options, *reading, "--set", "prompts=soft,hard")
+    hard.failed("cell hard 2 attention prompt-first: order 'prompt-first' needs trained vectors")
+    assert ", seed " not in hard.out, "nothing is trained before"
 
 
-def test_prompting(
-    mmrec: Mmrec, generated: Path, tiny_causal: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    own = [
-        f"backbone={tiny_causal}",
-        "users=6",
-        "negatives=5",
-        "history=3",
-        "shots=2",
-        "neighbours=2",
-        "max_length=1500",
-    ]
-    settings = [part for entry in own for part in ("--set", entry)]
-    options = ("experiment", "prompting", "--data", generated, "--out", tmp_path, *settings)
-    mmrec(*options).succeeded()
+def test_factorial_of_one_seed(mmrec: Mmrec, generated: Path, reading: tuple[str, ...], tmp_path: Path) -> None:
+    own = (
+        "--set",
+        "ranks=1,2",
+        "--set",
+        "placements=last",
+        "--set",
+        "last_layers=1",
+        "--set",
+        "orders=joint",
+        "--set",
+        "soft_tokens=2",
+    )
+    mmrec(
+        "experiment", "prompt-adapter", "--data", generated, "--out", tmp_path, "--seeds", "0", *reading, *own
+    ).succeeded()
     found = written(tmp_path)
-    rows = tables(found)
-    (title,) = (name for name in rows if name.startswith("6 users, 6 candidates"))
-    ways = {row["way"]: row["values"] for row in rows[title]}
-    assert {
-        "text, yes or no",
-        "JSON, yes or no",
-        "text, likelihood",
-        "most-popular",
-        "item-knn-20",
-        "by chance",
-    } <= set(ways)
-    assert ways["by chance"]["HR@1"] == pytest.approx(1 / 6) and 0 <= ways["text, yes or no"]["AUC"]["mean"] <= 1
-    cost = {row["way"]: row["values"]["tokens of a prompt"] for row in rows["What it takes"]}
-    assert cost["text, examples, yes or no"] > cost["text, yes or no"] < cost["text, retrieved items, yes or no"]
-
-    def never(*_: object, **__: object) -> None:
-        raise AssertionError("asked again")
-
-    monkeypatch.setattr("mmrec.llm.YesNoScorer.__call__", never)
-    mmrec(*options).succeeded()
-    assert tables(written(tmp_path)) == rows
-
-
-def test_evaluator(mmrec: Mmrec, generated: Path, tiny_causal: Path, tmp_path: Path) -> None:
-    own = [f"backbone={tiny_causal}", "users=12", "rows=3", "history=3", "pairs=2", "text_chars=40", "max_length=1500"]
-    settings = [part for entry in own for part in ("--set", entry)]
-    mmrec("experiment", "evaluator", "--data", generated, "--out", tmp_path, *settings).succeeded()
-    found = written(tmp_path)
-    rows = tables(found)
-    judges = [row["judge"] for row in rows["Agreement with stars"]]
-    assert judges[1:3] == ["popularity as judge", "chance"] and len(judges) == 7
-    planted = rows["Planted faults, and what is found of them"]
-    wanted = {(row["judge"], row["fault"]): row["values"]["planted"] for row in planted if row["values"]["planted"]}
-    assert wanted == {
-        ("planted: first place", "position_bias"): 0.2, ("planted: long texts", "verbosity_bias"): 1.0,
-        ("planted: popular items", "popularity_bias"): 0.5,
-    }  # fmt: skip
-    noise = {row["judge"]: row["values"]["τ"] for row in rows["Agreement with stars"]}["planted: noise only"]
-    assert noise["mean"] > 0.3 and found["facts"]["rows"] == 36
+    assert all(row["values"]["p"] is None for row in tables(found)["Effects on NDCG@10"])
+    assert found["findings"][0] == "One seed per cell does not tell what the factors do from what seeds do."
 
 
 def test_latency(mmrec: Mmrec, generated: Path, training: tuple[str, ...], tmp_path: Path) -> None:
@@ -244,8 +248,10 @@ def test_latency(mmrec: Mmrec, generated: Path, training: tuple[str, ...], tmp_p
         "--set",
         "dtypes=float32",
     )
-    mmrec("experiment", "latency", "--data", generated, "--out", tmp_path, *training, *own).succeeded()
+    options = ("experiment", "latency", "--data", generated, "--out", tmp_path, "--seeds", "3,4")
+    mmrec(*options, *training, *own).succeeded()
     found = written(tmp_path)
+    assert found["seed"] == [3], "it measures one training"
     rows = tables(found)
     ways = rows["Ways to answer, single requests"]
     assert {row["model"] for row in ways} == {"identity+table", "identity-only", "table"}
@@ -260,7 +266,7 @@ def test_the_list_and_what_cannot_be(mmrec: Mmrec, generated: Path, tmp_path: Pa
     mmrec("experiment", "magic", *out).failed("experiment 'magic': there are prompting, soft-prompt-lora")
     mmrec("experiment", "gap").failed("--data is needed")
     mmrec("experiment", "gap", *out, "--set", "colour=red").failed("--set needs NAME=VALUE with one of", "'colour=red'")
-    mmrec("experiment", "gap", *out, "--set", "steps=many").failed("--set steps cannot be 'many'; its default is 60")
+    mmrec("experiment", "gap", *out, "--set", "steps=many").failed("--set steps cannot be 'many'; its default is 64")
     mmrec("experiment", "gap", *out, "--set", "examples=1,x").failed("--set examples cannot be", "'x'")
     mmrec("experiment", "gap", *out, "--set", "examples=").failed("--set examples cannot be ''; its default is 64")
     mmrec("experiment", "gap", *out, "--set", "steps=true").failed("--set steps cannot be True")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,10 +13,12 @@ from ...evaluation.judges import ask_judge, pairs_within_users
 from ..console import status
 from ..data import Data
 from .base import Context, Findings, Table
+from .prompting import check_settings
 
 if TYPE_CHECKING:
     import numpy as np
 
+    from ...evaluation import Interval
     from ...evaluation.judge_report import JudgeReport
     from ...evaluation.judges import Judgements
     from ...recommender.judging import LLMJudge
@@ -23,7 +26,9 @@ if TYPE_CHECKING:
 __all__ = ["EvaluatorSettings", "evaluator_run"]
 
 _LIKED = 4.0
-_AT_ONCE = 32
+# Two users for an interval, two rows for a pair; with fewer tokens prompts and texts would lose their ends.
+_LEAST = {"users": 2, "rows": 2, "history": 1, "pairs": 1, "text_chars": 0, "max_length": 128}
+_UNCHECKED = "–"
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class EvaluatorSettings:
 
     Attributes:
         users: drawn among those with enough ratings.
-        rows: rated items of each that the judge is asked about; others that the user liked are the history.
+        rows: rated items of each that the judge is asked about; others that the user liked are the history. Of an item
+            that a user rated more than once the last rating counts, so no item is in both.
         history: titles of a prompt.
         pairs: comparisons per user, each in both orders.
         text_chars: of an item's text behind its title, at most: each item is cut at a place drawn by chance, so that
@@ -74,10 +80,14 @@ def evaluator_run(context: Context) -> tuple[Data, Findings]:
     from ...evaluation.judge_report import judge_report
 
     settings: EvaluatorSettings = context.settings
+    check_settings(settings, _LEAST)
+    if not 0 < settings.noise < math.inf:
+        raise ValueError(f"--set noise must be above 0 and finite, got {settings.noise}")
     data = context.load("S")
     seed = context.seeds[0]
     rows = _rows(data, settings, seed)
     pairs = pairs_within_users(rows.stars, rows.users, most=settings.pairs, seed=seed)
+    _check_stars(data.catalogue.name, rows, pairs, settings)
     whole = [1.0, 2.0, 3.0, 4.0, 5.0]
     known: dict[str, Any] = {
         "text_length": rows.length, "popularity": rows.popularity, "item_ids": rows.items, "liked": _LIKED,
@@ -99,14 +109,14 @@ def evaluator_run(context: Context) -> tuple[Data, Findings]:
         Table("Biases", ("judge",), [_biases(n, r) for n, r in everyone], signed=True, hint=_BIAS_HINT),
         Table("Planted faults, and what is found of them", ("judge", "fault", "within the interval"), planted),
     ]
-    missed = [row for row in planted if row["within the interval"] == "no"]
-    sentences = [*_about(settings.backbone, reports[settings.backbone])]
-    sentences.append(
-        f"{len(planted) - len(missed)} of {len(planted)} planted values lie within the 95 % interval of what is found."
-    )
+    sentences = [*_about(settings.backbone, reports[settings.backbone]), _recovered(planted)]
     facts = {"rows": len(rows.stars), "users": len(set(rows.users.tolist())), "pairs": len(pairs),
              "reports": {name: report.to_dict() for name, report in reports.items()}}  # fmt: skip
-    return data, Findings("How far can a language model be trusted as a judge?", tables, sentences, facts=facts)
+    question, users = "How far can a language model be trusted as a judge?", facts["users"]
+    return data, Findings(
+        question, tables, sentences, facts=facts, protocol="ratings", split="ratings",
+        split_rule=f"{settings.rows} rated items of each of {users} users, drawn", seeds=context.seeds[:1],
+    )  # fmt: skip
 
 
 _HINT = (
@@ -119,7 +129,24 @@ _BIAS_HINT = (
 )
 
 
+def _check_stars(name: str, rows: _Rows, pairs: np.ndarray, settings: EvaluatorSettings) -> None:
+    """Refuses stars that a judge cannot be set against, before it is asked."""
+    drawn = f"the {settings.rows} ratings drawn of each of {len(set(rows.users.tolist()))} users of {name!r}"
+    if not len(pairs):
+        raise ValueError(
+            f"{drawn} differ within no user, so there is no order to judge: raise --set rows or --set users, or take "
+            "data with ratings that differ"
+        )
+    if rows.stars.max() < _LIKED:
+        raise ValueError(
+            f"{drawn} reach {rows.stars.max():g} stars, and an item is liked from {_LIKED:g} on: raise --set rows or "
+            "--set users, or take ratings of 1 to 5 stars"
+        )
+
+
 def _rows(data: Data, settings: EvaluatorSettings, seed: int) -> _Rows:
+    """Drawn rows; of each user's ratings of an item the last one only, so that what is asked about is asked once and is
+    not in the history."""
     import numpy as np
 
     from ...adaptation import item_texts
@@ -134,13 +161,18 @@ def _rows(data: Data, settings: EvaluatorSettings, seed: int) -> _Rows:
     shown = [
         _cut(text or title, len(title) + more) for text, title, more in zip(texts, titles, behind.tolist(), strict=True)
     ]
-    rated = ~np.isnan(log.rating)
-    enough = np.flatnonzero(np.bincount(log.user[rated], minlength=catalogue.num_users) >= settings.rows + 4)
-    if not len(enough):
-        raise ValueError(f"{catalogue.name!r} has no user with {settings.rows + 4} ratings; lower --set rows")
+    rated = np.flatnonzero(~np.isnan(log.rating))[::-1]
+    pair = log.user[rated].astype(np.int64) * catalogue.num_items + log.item[rated]
+    last = np.sort(rated[np.unique(pair, return_index=True)[1]])
+    enough = np.flatnonzero(np.bincount(log.user[last], minlength=catalogue.num_users) >= settings.rows + 4)
+    if len(enough) < 2:
+        raise ValueError(
+            f"two users with {settings.rows + 4} rated items are needed, {settings.rows} to ask about and others for "
+            f"the history; {catalogue.name!r} has {len(enough)}: lower --set rows"
+        )
     chosen, histories = [], []
     for user in np.sort(random.choice(enough, min(settings.users, len(enough)), replace=False)).tolist():
-        own = np.flatnonzero((log.user == user) & rated)
+        own = last[log.user[last] == user]
         asked = np.sort(random.choice(own, settings.rows, replace=False))
         rest = np.setdiff1d(own, asked)
         liked = [titles[log.item[row]] for row in rest if log.rating[row] >= _LIKED][-settings.history :]
@@ -236,59 +268,77 @@ def _planted(
         }
         for fault, interval in found.items():
             wanted = float(faults.get(fault, 0.0))
-            within = interval is not None and interval.low <= wanted <= interval.high
-            values = {"planted": wanted, "found": interval}
-            table.append(
-                {"judge": name, "fault": fault, "within the interval": "yes" if within else "no", "values": values}
-            )
+            within = _UNCHECKED
+            if interval is not None and _is_known(interval):
+                within = "yes" if interval.low <= wanted <= interval.high else "no"
+            values = {"planted": wanted, "found": _figure(interval)}
+            table.append({"judge": name, "fault": fault, "within the interval": within, "values": values})
     return table, reports
 
 
+def _recovered(planted: Sequence[dict[str, Any]]) -> str:
+    checked = [row["within the interval"] for row in planted if row["within the interval"] != _UNCHECKED]
+    if not checked:
+        return "These rows give nothing to say about the planted values."
+    found = f"{checked.count('yes')} of {len(checked)} planted values lie within the 95 % interval of what is found"
+    missing = len(planted) - len(checked)
+    return f"{found}; {missing} more cannot be found on these rows." if missing else f"{found}."
+
+
+def _is_known(interval: Interval) -> bool:
+    """Whether it has ends; there are none where a figure is not defined, and none of a single user."""
+    return interval.low == interval.low and interval.high == interval.high
+
+
+def _figure(interval: Interval | None) -> Interval | float | None:
+    """What stands in a table: without ends the mean alone, and nothing where that is NaN."""
+    return interval if interval is None or _is_known(interval) else interval.mean
+
+
 def _agreement(name: str, report: JudgeReport) -> dict[str, Any]:
-    return {
-        "judge": name,
-        "values": {
-            "τ": report.tau, "τ within users": report.tau_within, "ρ": report.spearman, "κ": report.kappa,
-            "ECE, calibrated": None if report.ece_calibrated is None else report.ece_calibrated.error,
-            "ECE, as stated": None if report.ece is None else report.ece.error,
-            "self-consistency": report.self_consistency, "pairs right": report.pairwise_accuracy,
-        },
+    figures = {
+        "τ": report.tau, "τ within users": report.tau_within, "ρ": report.spearman, "κ": report.kappa,
+        "ECE, calibrated": None if report.ece_calibrated is None else report.ece_calibrated.error,
+        "ECE, as stated": None if report.ece is None else report.ece.error,
+        "self-consistency": report.self_consistency, "pairs right": report.pairwise_accuracy,
     }  # fmt: skip
+    return {"judge": name, "values": {column: _figure(figure) for column, figure in figures.items()}}
 
 
 def _biases(name: str, report: JudgeReport) -> dict[str, Any]:
-    return {
-        "judge": name,
-        "values": {
-            "first place": report.position_bias,
-            "length": None if report.verbosity_bias is None else report.verbosity_bias.standardised,
-            "popularity": None if report.popularity_bias is None else report.popularity_bias.standardised,
-        },
+    figures = {
+        "first place": report.position_bias,
+        "length": None if report.verbosity_bias is None else report.verbosity_bias.standardised,
+        "popularity": None if report.popularity_bias is None else report.popularity_bias.standardised,
     }
+    return {"judge": name, "values": {column: _figure(figure) for column, figure in figures.items()}}
 
 
 def _about(name: str, report: JudgeReport) -> list[str]:
     assert report.tau_within is not None and report.verbosity_bias is not None and report.popularity_bias is not None
     assert report.position_bias is not None and report.pairwise_accuracy is not None and report.ece is not None
-    order = report.tau_within
+    order, right, stated = report.tau_within, report.pairwise_accuracy, report.ece
+    agrees = "in an order that is not told from chance"
     if order.excludes_zero:
-        agrees = "in the order of their stars" if order.mean > 0 else "against the order of their stars"
-    else:
-        agrees = "in an order that is not told from chance"
-    found = [f"{name} puts a user's items {agrees} (τ within users {order})."]
-    found.append(
-        f"Of pairs with different stars it names the better one in {report.pairwise_accuracy.mean:.0%} "
-        f"[{report.pairwise_accuracy.low:.0%}, {report.pairwise_accuracy.high:.0%}] over both orders."
-    )
+        agrees = f"{'in' if order.mean > 0 else 'against'} the order of their stars"
+    better = f"{right.mean:.0%} [{right.low:.0%}, {right.high:.0%}]"
+    better = f"Of pairs with different stars it names the better one in {better} over both orders."
+    found = [
+        _said(order, f"{name} puts a user's items {agrees} (τ within users {order}).", "the order of a user's items"),
+        _said(right, better, "which of two items it names"),
+    ]
     biases = {
         "the first place": report.position_bias, "long texts": report.verbosity_bias.standardised,
         "popular items": report.popularity_bias.standardised,
     }  # fmt: skip
     for what, bias in biases.items():
+        shown = f"No bias for or against {what} is shown ({bias})."
         if bias.excludes_zero:
-            found.append(f"It {'favours' if bias.mean > 0 else 'disfavours'} {what} ({bias}).")
-        else:
-            found.append(f"No bias for or against {what} is shown ({bias}).")
-    stated, chance = report.ece.error, report.ece.by_chance
-    found.append(f"Its stated probabilities miss by {stated.mean:.2f} on average (ECE; {chance:.2f} would be chance).")
-    return found
+            shown = f"It {'favours' if bias.mean > 0 else 'disfavours'} {what} ({bias})."
+        found.append(_said(bias, shown, f"a bias for or against {what}"))
+    missed = f"miss by {stated.error.mean:.2f} on average (ECE; {stated.by_chance:.2f} would be chance)"
+    return [*found, _said(stated.error, f"Its stated probabilities {missed}.", "its stated probabilities")]
+
+
+def _said(figure: Interval, words: str, what: str) -> str:
+    return words if _is_known(figure) else f"These rows give nothing to say about {what}."

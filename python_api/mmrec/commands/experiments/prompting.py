@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,12 +20,15 @@ if TYPE_CHECKING:
     from ...llm import Backbone
     from ...prompting import HardPrompt, Item
 
-__all__ = ["PromptingSettings", "prompting_run"]
+__all__ = ["PromptingSettings", "check_settings", "prompting_run"]
 
 METRICS = ("HR@1", "HR@5", "NDCG@5", "MRR@5")
 _USERS_AT_ONCE = 4
 _TEXT, _LIKELY, _PRIOR = "text, yes or no", "text, likelihood", "likelihood without history"
 _LESS = "text, likelihood less that without history"
+# One user has no interval. METRICS read 5 places. An instruction and one long title fill more than half of 128 tokens;
+# with less room prompts would lose their histories, and candidates their ends, without a word.
+_LEAST = {"users": 2, "negatives": 4, "history": 1, "shots": 0, "neighbours": 1, "max_length": 128}
 
 
 @dataclass(frozen=True)
@@ -67,17 +70,21 @@ def prompting_run(context: Context) -> tuple[Data, Findings]:
     from ...evaluation import bootstrap, candidate_sets
 
     settings: PromptingSettings = context.settings
+    check_settings(settings, _LEAST)
     data = context.load("S")
     sets = candidate_sets(data.split, negatives=settings.negatives, most_users=settings.users, seed=context.seeds[0])
+    if len(sets.users) < 2:
+        raise ValueError(f"{data.catalogue.name!r} has one test user; intervals are over users and need two at least")
     asker = _Asker(settings, data, sets)
     scores: dict[str, np.ndarray] = {}
     costs: dict[str, dict[str, float]] = {}
     for name, way in _ways(settings).items():
-        found, costs[name] = _kept(context.out / "cells" / f"{name}.json", _identity(way, settings, sets), asker, way)
+        identity = _identity(way, settings, data, sets)
+        found, costs[name] = _kept(context.out / "cells" / f"{name}.json", identity, asker, way)
         scores[name] = found
         say(f"{name}: AUC {sets.auc(found).mean():.3f}, {costs[name]['seconds per user']:.2f} s per user")
     scores[_LESS] = scores[_LIKELY] - scores.pop(_PRIOR)
-    costs[_LESS] = costs.pop(_PRIOR)
+    costs[_LESS] = {what: costs[_LIKELY][what] + more for what, more in costs.pop(_PRIOR).items()}  # both are asked
     scores |= _without_model(data, sets)
     named = {"dataset": data.catalogue.name, "fingerprint": data.fingerprint, "metrics": METRICS}
     results = {name: [sets.evaluate(found, model=name, **named)] for name, found in scores.items()}  # type: ignore[arg-type]
@@ -97,8 +104,20 @@ def prompting_run(context: Context) -> tuple[Data, Findings]:
     ]
     sentences += [_against_chance(name, sets.auc(scores[name])) for name in costs]
     question = "What does a frozen language model know of what comes next, and how should it be asked?"
-    facts = {"candidates": sets.id, "users": len(sets.users)}
-    return data, Findings(question, tables, sentences, facts=facts)
+    rule = f"{data.split.origin}; {len(sets.users)} users, {settings.negatives} drawn items beside the target"
+    return data, Findings(
+        question, tables, sentences, facts={"users": len(sets.users)}, protocol="C", split=sets.id, split_rule=rule,
+        seeds=context.seeds[:1],
+    )  # fmt: skip
+
+
+def check_settings(settings: Any, least: Mapping[str, int]) -> None:
+    """Refuses numbers below their least, and a `quantize` that `Backbone.load` will not know, before data are read."""
+    for name, value in least.items():
+        if getattr(settings, name) < value:
+            raise ValueError(f"--set {name} must be at least {value}, got {getattr(settings, name)}")
+    if settings.quantize not in ("nf4", "none"):
+        raise ValueError(f"--set quantize must be nf4 or none, got {settings.quantize!r}")
 
 
 def _against_chance(name: str, auc: np.ndarray) -> str:
@@ -128,8 +147,11 @@ def _ways(settings: PromptingSettings) -> dict[str, _Way]:
     }
 
 
-def _identity(way: _Way, settings: PromptingSettings, sets: CandidateSets) -> dict[str, Any]:
-    return {"settings": asdict(settings), "candidates": sets.id, "way": {**asdict(way), "template": way.template.key()}}
+def _identity(way: _Way, settings: PromptingSettings, data: Data, sets: CandidateSets) -> dict[str, Any]:
+    return {
+        "settings": asdict(settings), "fingerprint": data.fingerprint, "candidates": sets.id,
+        "way": {**asdict(way), "template": way.template.key()},
+    }  # fmt: skip
 
 
 def _kept(
@@ -192,11 +214,12 @@ class _Asker:
     def _prompts(self, way: _Way, special: Sequence[str]) -> tuple[list[str], list[int]]:
         shown, histories = self._shown(way), self.sets.histories
         retrieved = self._retrieved() if way.context else [[]] * len(histories)
+        examples = self._shots(way.shots)
         built = []
         for n, (a, b) in enumerate(zip(histories.offsets[:-1], histories.offsets[1:], strict=True)):
             rows = [] if way.answer == "prior" else histories.ids[a:b].tolist()
             found = way.template.build(
-                [shown(item) for item in rows], examples=self._shots(way.shots), special=special,
+                [shown(item) for item in rows], examples=examples, special=special,
                 context=[self.titles[item] for item in retrieved[n]], budget=self.settings.max_length,
                 count=self._count,
             )  # fmt: skip
@@ -227,18 +250,20 @@ class _Asker:
         return lambda prompts, texts: likely(prompts, texts, normalize="mean")
 
     def _shots(self, count: int) -> list[Any]:
-        """What users who are not asked chose, and items that they did not, in turn."""
+        """What users who are not asked chose, and items that they never did, in turn."""
         import numpy as np
 
         from ...prompting import Example
 
         split, found = self.data.split, []
         random = np.random.default_rng(self.sets.seed)
-        others = np.setdiff1d(np.flatnonzero(split.train.lengths >= 3), self.sets.users)
+        chosen = split.train.concat(split.valid).concat(split.test).unique()
+        able = (split.train.lengths >= 3) & (chosen.lengths < split.num_items)
+        others = np.setdiff1d(np.flatnonzero(able), self.sets.users)
         for n, user in enumerate(random.choice(others, min(count, len(others)), replace=False).tolist()):
-            row = split.train.ids[split.train.offsets[user] : split.train.offsets[user + 1]][-4:]
-            right = n % 2 == 0
-            item = int(row[-1]) if right else int(random.integers(split.num_items))
+            row, right = split.train[user][-4:], n % 2 == 0
+            never = np.setdiff1d(np.arange(split.num_items), chosen[user])
+            item = int(row[-1] if right else random.choice(never))
             history = [self.titles[i] for i in row[:-1].tolist()]
             found.append(Example(history, self.titles[item], "Yes" if right else "No"))
         return found
