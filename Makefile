@@ -11,7 +11,7 @@ STAMP := build/.installed
 TREE := $(VENV)/.tree
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-all lint types wheel-test bench gpu-report results clean
+.PHONY: help setup demo test test-all lint types docs wheel-test bench gpu-report results clean
 
 help:
 	@echo "make demo         train and query the recommender on a generated catalogue (minutes), then say where the report is"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench        regression benchmarks;  python -m mmrec_kernels.benchmarks --help for the full ones"
 	@echo "make results      the studies of docs/results.md and the experiments (needs DATA=folder with the data sets; hours)"
 	@echo "make gpu-report   on a GPU machine: build, test and benchmark everything"
+	@echo "make docs         the documentation as a site, in build/site"
 	@echo "make lint types wheel-test clean"
 
 setup: $(STAMP)
@@ -65,6 +66,10 @@ lint: setup
 
 types: setup
 	$(BIN)/mypy
+
+# Warnings are errors: broken links and anchors, pages that the navigation lacks.
+docs: setup
+	$(BIN)/python -m mkdocs build --strict --site-dir build/site
 
 # Compares with the last saved run, where there is one.
 bench: setup
