@@ -14,12 +14,13 @@ import functools
 import importlib.util
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from . import schemas
 
@@ -152,6 +153,29 @@ def cpu_isa() -> str:
     if not _cpu_library.loaded:
         return "none"
     return schemas.ISA_NAMES[call(schemas.cpu_isa, torch.empty(0))]
+
+
+def detached(args: Iterable[Any]) -> list[Any]:
+    """The arguments of a call without autograd: tensors, and lists of them, without their history.
+
+    Raises:
+        NotImplementedError: one of them has a tangent of forward mode, which would be dropped in silence.
+    """
+    return [_detached(a) for a in args]
+
+
+def _detached(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_detached(entry) for entry in value]
+    if not isinstance(value, torch.Tensor):
+        return value
+    # Dynamo does not know the level; compiled code has no dual tensors.
+    if not torch.compiler.is_compiling() and forward_ad._current_level >= 0:
+        if forward_ad.unpack_dual(value).tangent is not None:
+            raise NotImplementedError(
+                "the ops of mmrec_kernels have no forward-mode derivative, as torch.func.jvp wants it: use reverse mode"
+            )
+    return value.detach()
 
 
 _MESSAGE = re.compile(r"mmrec: (.*?)(?:\n|$)")

@@ -7,13 +7,28 @@ Every result is contiguous, whatever the strides of the inputs.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_LIBRARY = torch.library.Library("mmrec", "DEF")
+
+def _namespace() -> torch.library.Library:
+    """The ops' namespace, which torch lets one copy of this package define."""
+    try:
+        return torch.library.Library("mmrec", "DEF")
+    except RuntimeError as error:
+        others = (m for name, m in sys.modules.items() if name.endswith("mmrec_kernels.schemas") and name != __name__)
+        where = getattr(next(others, None), "__file__", "another extension")
+        raise ImportError(
+            f"a process holds one copy of mmrec_kernels, and {where} has defined its ops: import this one first, and a"
+            " kernel of the same version that is loaded later takes its place"
+        ) from error
+
+
+_LIBRARY = _namespace()
 
 
 def _define(signature: str) -> Callable[[Callable[..., Any]], Any]:

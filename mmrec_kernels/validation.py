@@ -93,6 +93,8 @@ def autocast(*values: Any) -> tuple[Any, ...]:
         if not isinstance(value, Tensor) or not value.is_floating_point() or value.dtype == torch.float64:
             return value
         device = value.device.type
-        return value.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else value
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return value
+        return value.to(torch.get_autocast_dtype(device))
 
     return tuple(cast(value) for value in values)

@@ -179,11 +179,10 @@ def cross_modal_attention(
             *index,
         )  # fmt: skip
     else:
+        arguments = [query, keys, values, offsets, index, query_offsets, *small]
         out, lse, mass = library.call(
-            schemas.attention_forward, query.detach(), [x.detach() for x in keys], [x.detach() for x in values],
-            offsets, index, query_offsets, *[None if x is None else x.detach() for x in small], scale, norm_eps,
-            indexed, causal, return_mass,
-        )  # fmt: skip
+            schemas.attention_forward, *library.detached(arguments), scale, norm_eps, indexed, causal, return_mass
+        )
     if not return_lse and not return_mass:
         return out
     lse = lse.to(schemas.statistics_dtype(query.dtype)) if return_lse else None

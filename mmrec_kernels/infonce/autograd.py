@@ -54,7 +54,7 @@ def terms(problem: Problem, *, need_total: bool, need_rank: bool, workspace_byte
     differentiable = (problem.query, problem.key, problem.scale, problem.log_q)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         return Terms(*_InfoNCE.apply(*_distinct(problem), need_total, need_rank, workspace_bytes))
-    detached = [t.detach() if isinstance(t, Tensor) else t for t in problem]
+    detached = library.detached(problem)
     outputs = library.call(schemas.infonce_forward, *detached, None, need_total, need_rank, False, workspace_bytes)
     return Terms(*outputs[:6])
 

@@ -57,14 +57,14 @@ def _info_nce(
     find_terms = partial(ring.terms, has_term=found, counts=counts, group=group) if in_ring else terms
     result = find_terms(whole, need_total=label_smoothing > 0, need_rank=return_stats, workspace_bytes=workspace_bytes)
     if problem.symmetric:
-        partials = _AllGather.apply(result.column_lse[None], ones, group)
+        partials = all_gather_rows(result.column_lse[None], ones, group)
         mine = partials[:, offset : offset + problem.key.shape[0]]
         result = result._replace(column_lse=_log_sum_exp(mine))
     losses = row_losses(problem, result, found, label_smoothing, log_q_of_positive)
     weighted, total_weight = weigh(losses, weight, found)
     if reduction == "mean":
         total_weight = torch.as_tensor(total_weight, dtype=losses.dtype, device=losses.device)
-        total_weight = _AllGather.apply(total_weight.reshape(1), ones, group).sum() / ranks
+        total_weight = all_gather_rows(total_weight.reshape(1), ones, group).sum() / ranks
     value = reduce(problem, weighted, total_weight, reduction)
     return value, stats(problem, result, found) if return_stats else None
 
@@ -73,7 +73,7 @@ def _with_all_keys(problem: Problem, offset: int, counts: list[int], group: dist
     """This rank's rows against the keys of all ranks."""
 
     def gathered(tensor: Tensor | None) -> Any:
-        return None if tensor is None else _AllGather.apply(tensor, counts, group)
+        return None if tensor is None else all_gather_rows(tensor, counts, group)
 
     def shifted(index: Tensor | None) -> Tensor | None:
         if index is None:
@@ -149,8 +149,18 @@ def _log_sum_exp(partials: Tensor) -> Tensor:
     return torch.where(empty, -torch.inf, torch.where(empty, 1.0, total).log() + highest)
 
 
+def all_gather_rows(own: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
+    """The rows of all ranks in order of rank; the backward sums the gradients over the ranks and keeps the own rows.
+
+    Args:
+        own: `[counts[rank], …]`, any dtype; it needs a gradient on every rank or on none.
+        counts: rows of each rank, which all ranks know.
+        group: whose ranks make the same calls, the backward too.
+    """
+    return _AllGather.apply(own, counts, group)
+
+
 class _AllGather(torch.autograd.Function):
-    """The rows of all ranks in order of rank; the backward sums the gradients over the ranks and keeps the own rows."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:

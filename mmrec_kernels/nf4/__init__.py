@@ -93,7 +93,7 @@ def nf4_linear(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in differentiable):
         y = NF4Linear.apply(*differentiable, *rest, scaling, scalings, adapter_ids)
     else:
-        flat, bias, lora_a, lora_b = (None if t is None else t.detach() for t in differentiable)  # type: ignore[assignment]
+        flat, bias, lora_a, lora_b = library.detached(differentiable)
         y, _ = library.call(
             schemas.nf4_forward, flat, *rest, bias, lora_a, lora_b, scaling, scalings, adapter_ids, False
         )

@@ -56,8 +56,11 @@ class NF4Weight:
     offset: Tensor | None = None
 
     def __post_init__(self) -> None:
-        if self.blocksize not in BLOCKSIZES:
+        if not isinstance(self.blocksize, int) or self.blocksize not in BLOCKSIZES:
             raise ValueError(f"blocksize must be one of {', '.join(map(str, BLOCKSIZES))}, got {self.blocksize!r}")
+        pair = isinstance(self.shape, tuple | list) and len(self.shape) == 2
+        if not pair or any(not isinstance(n, int | torch.SymInt) or n < 0 for n in self.shape):
+            raise ValueError(f"shape must be (N, K), two ints of at least 0, got {self.shape!r}")
         numel = math.prod(self.shape)
         blocks = -(-numel // self.blocksize)
         check_tensor("packed", self.packed, (-(-numel // 2),), (torch.uint8,))

@@ -19,22 +19,18 @@ def _needs_gradient(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
-def _detached(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(a.detach() if isinstance(a, Tensor) else a for a in args)
-
-
 def route(*args: Any) -> tuple[Tensor, ...]:
     """`_routing_forward`, with autograd only if x or gate_weight needs a gradient."""
     if _needs_gradient(*args[:2]):
         return _Route.apply(*args)
-    return library.call(schemas.routing_forward, *_detached(args))
+    return library.call(schemas.routing_forward, *library.detached(args))
 
 
 def mix(*args: Any) -> Tensor:
     """`_experts_forward` without its last argument: out `[G, T, d]`, with autograd only if it is needed."""
     if _needs_gradient(*args[:10]):
         return _Mix.apply(*args)
-    return library.call(schemas.experts_forward, *_detached(args), False)[0]
+    return library.call(schemas.experts_forward, *library.detached(args), False)[0]
 
 
 class _Route(torch.autograd.Function):

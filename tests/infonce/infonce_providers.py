@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from mmrec_kernels import schemas
+from mmrec_kernels import library, schemas
 from mmrec_kernels.infonce import autograd, reference
 
 
@@ -18,4 +18,4 @@ def use_reference(monkeypatch: pytest.MonkeyPatch) -> None:
     def call(op: Any, *args: Any) -> Any:
         return functions[op](*args)
 
-    monkeypatch.setattr(autograd, "library", SimpleNamespace(call=call))
+    monkeypatch.setattr(autograd, "library", SimpleNamespace(call=call, detached=library.detached))

@@ -14,7 +14,7 @@ from test_infonce_parts import check_parts
 from torch import Tensor
 
 from gpu import assert_captured
-from mmrec_kernels import info_nce, schemas, validation
+from mmrec_kernels import info_nce, library, schemas, validation
 from mmrec_kernels.infonce import autograd
 from numerics import errors
 
@@ -31,7 +31,7 @@ def interpreted(monkeypatch: pytest.MonkeyPatch) -> None:
             return launchers.backward(*args)
         return launchers.forward(*args[:-2], False, args[-1])  # save is False, as for CUDA tensors
 
-    monkeypatch.setattr(autograd, "library", SimpleNamespace(call=call))
+    monkeypatch.setattr(autograd, "library", SimpleNamespace(call=call, detached=library.detached))
     every = (*validation.GPU_DTYPES, torch.float64)
     monkeypatch.setattr(validation, "float_dtypes", lambda device: every)
 
