@@ -11,6 +11,7 @@ import torch
 from . import roofline, rows, runner, table
 from .case import Case
 from .clock import clock
+from .report import Folder
 
 
 def path_in(folder: Path, name: str, device: str) -> Path:
@@ -28,17 +29,30 @@ def why_not_written(path: Path) -> str | None:
     return "this is a folder; give a file, or use --json-dir" if path.is_dir() else None
 
 
-def measure(cases: Sequence[Case], device: str, seconds: float, path: Path | None) -> None:
-    """Runs `cases`, each for `seconds` beyond the least number of calls.
+def measure(
+    cases: Sequence[Case], device: str, seconds: float, path: Path | None, folder: Folder | None = None
+) -> None:
+    """Runs `cases`, each for `seconds` beyond the least number of calls. The rows go to `path`, a page of them to
+    `folder`: after every case, so that neither is lost if a later one fails.
 
     Raises:
-        OSError: `path` cannot be written; its filename is `path`.
+        NotWritten: a file cannot be written.
     """
     environment = rows.environment(device)  # first: measuring raises the load average
     timer = clock(device)
     roof = roofline.measure(device, timer, {case.compute_dtype for case in cases})
     report = rows.Report(environment, roof)
     print(table.header(report), flush=True)
+
+    def save() -> None:
+        if path is not None:
+            report.save(path)
+        if folder is not None:
+            folder.save(report)
+
+    if folder is not None:
+        folder.save(report)
+    case = None
     try:
         for case in cases:
             result = runner.run(case, timer, roof, seconds)
@@ -46,19 +60,16 @@ def measure(cases: Sequence[Case], device: str, seconds: float, path: Path | Non
             report.missing += result.missing
             report.comparisons.append(result.comparison)
             print("\n" + table.case(result.rows, result.missing, result.comparison), flush=True)
-            _save(report, path)
+            save()
         report.complete = True
+    except BaseException as error:
+        if folder is not None and case is not None:
+            folder.stopped(report, case, error)
+        raise
     finally:
         print("\n" + table.summary(report), flush=True)
-    _save(report, path)
+    save()
     if path is not None:
         print(f"rows: {path}")
-
-
-def _save(report: rows.Report, path: Path | None) -> None:
-    if path is None:
-        return
-    try:
-        report.save(path)
-    except OSError as error:  # what could not be written is a temporary file beside it
-        raise OSError(error.errno, error.strerror or str(error), str(path)) from error
+    if folder is not None:
+        print(f"report: {folder.page}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import shutil
@@ -66,7 +67,8 @@ class Comparison:
 
     `speedup`: the best peer's median over ours, so that above 1 we are faster; None without a peer. `over_floor`: our
     median over `floor_ms`, the time of the roofline; `read_ms`: the median of a plain read of the case's
-    bytes, timed among the providers. `calls`: how many timed calls each provider's quantiles are of.
+    bytes, timed among the providers, None in reports from before it was; `calls`: how many timed calls each provider's
+    quantiles are of.
     """
 
     op: str
@@ -79,7 +81,7 @@ class Comparison:
     speedup: float | None
     floor_ms: float
     over_floor: float
-    read_ms: float
+    read_ms: float | None
     calls: dict[str, int]
 
 
@@ -97,20 +99,71 @@ class Report:
     def save(self, path: Path) -> None:
         """Write JSON to `path`, which holds the former or the new content at any time."""
         text = json.dumps(asdict(self), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-                file.flush()
-                os.fsync(file.fileno())
-            umask = os.umask(0)
-            os.umask(umask)
-            os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
-            os.replace(temporary, path)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
+        write_whole(path, text)
+
+
+class NotWritten(OSError):
+    """A file that rows or a page were to go to; `filename` is that file."""
+
+
+class NotAReport(ValueError):
+    """A JSON file that holds something else."""
+
+
+def load(path: Path) -> Report:
+    """The report that `Report.save` wrote to `path`, an earlier version's too.
+
+    Raises:
+        OSError: `path` cannot be read.
+        NotAReport: it is JSON of another kind.
+        ValueError: it is not JSON.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    try:
+        report = Report(
+            dict(found["environment"]),
+            Roofline(**found["roofline"]),
+            [Row(**row) for row in found["rows"]],
+            [Comparison(**({"read_ms": None} | comparison)) for comparison in found["comparisons"]],
+            [Missing(**missing) for missing in found["missing"]],
+            found["complete"] is True,
+        )
+        sound = all(0 < ms < math.inf for row in report.rows for ms in (row.median_ms, row.p20_ms, row.p80_ms))
+        cases: list[Row | Comparison | Missing] = [*report.rows, *report.comparisons, *report.missing]
+        sound &= all(isinstance(size, int) for case in cases for size in case.shape.values())
+    except (AttributeError, KeyError, TypeError, ValueError):
+        sound = False
+    if not sound:
+        raise NotAReport(f"{path} is not a report of mmrec_kernels.benchmarks")
+    return report
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write `text` to `path`, which holds the former or the new content at any time, or raise NotWritten."""
+    try:
+        _replace(path, text)
+    except OSError as error:  # what could not be written is a temporary file beside it
+        raise NotWritten(error.errno, error.strerror or str(error), str(path)) from error
+
+
+def _replace(path: Path, text: str) -> None:
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        umask = os.umask(0)
+        os.umask(umask)
+        os.chmod(temporary, 0o666 & ~umask)  # mkstemp makes it private
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 def compare(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 from .rows import Comparison, Missing, Report, Row
 
-_HEADER = ("provider", "median ms", "p20 – p80", "peak MiB", "error vs fp64", "× fastest", "× roofline")
+HEADER = ("provider", "median ms", "p20 – p80", "peak MiB", "error vs fp64", "× fastest", "× roofline")
 
 
 def header(report: Report) -> str:
@@ -19,50 +19,66 @@ def header(report: Report) -> str:
         f"roofline: read {roof.read_bytes_per_s / 1e9:.1f} GB/s and copy {roof.copy_bytes_per_s / 1e9:.1f} GB/s over"
         f" {roof.buffer_bytes / 2**20:.0f} MiB, products {flops} GFLOP/s",
     ]
-    load = env["load_average"]
-    if roof.device == "cpu" and load is not None and load > 0.5:
-        lines.append(
-            f"note: the load average was {load:.1f} before the run; timings on a busy machine are not to be trusted"
-        )
+    if note := busy(report):
+        lines.append(f"note: {note}")
     return "\n".join(lines)
+
+
+def busy(report: Report) -> str:
+    """That the machine had other work when a run on its CPU began, or nothing."""
+    load = report.environment.get("load_average")
+    if report.roofline.device != "cpu" or load is None or load <= 0.5:
+        return ""
+    return f"the load average was {load:.1f} before the run; timings on a busy machine are not to be trusted"
 
 
 def case(rows: list[Row], missing: list[Missing], comparison: Comparison) -> str:
     """One case: a line per provider, the fastest first, then the verdict, then what is missing."""
     fastest = min(row.median_ms for row in rows)
-    cells: list[tuple[str, ...]] = [_HEADER]
-    cells += [_cells(row, fastest, comparison.floor_ms) for row in sorted(rows, key=lambda row: row.median_ms)]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(_HEADER))]
+    sorted_rows = sorted(rows, key=lambda row: row.median_ms)
     first = rows[0]
     lines = [f"{first.op}  {shape_text(first.shape)}  {first.dtype}  {first.device}  {first.mode}"]
-    for line in cells:
-        name, *numbers = (f"{cell:{'<' if i == 0 else '>'}{widths[i]}}" for i, cell in enumerate(line))
-        lines.append("  " + "  ".join([name, *numbers]))
+    lines += aligned([HEADER, *(cells(row, fastest, comparison.floor_ms) for row in sorted_rows)])
     lines.append("  " + verdict(comparison))
     lines += [f"  missing: {m.provider}: {m.reason}" for m in missing]
     return "\n".join(lines)
 
 
+def aligned(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equally many cells under one another: the first to the left, all others to the right."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return ["  " + "  ".join(f"{cell:{'>' if i else '<'}{widths[i]}}" for i, cell in enumerate(line)) for line in lines]
+
+
 def verdict(comparison: Comparison) -> str:
     """The best peer, the ratio to it, and whether we lose."""
-    roof = f"{comparison.over_floor:.2f}× the roofline's {_milliseconds(comparison.floor_ms)} ms"
-    roof += f"; a plain read of its bytes took {_milliseconds(comparison.read_ms)} ms"
+    roof = f"{comparison.over_floor:.2f}× the roofline's {milliseconds(comparison.floor_ms)} ms"
+    if comparison.read_ms is not None:
+        roof += f"; a plain read of its bytes took {milliseconds(comparison.read_ms)} ms"
     if comparison.speedup is None:
         return f"{comparison.ours}: no peer ran; {roof}"
-    lost = "LOST  " if comparison.speedup < 1 else ""
+    mark = "LOST  " if comparison.speedup < 1 else ""
     return (
-        f"{lost}{comparison.ours}: {comparison.speedup:.2f}× as fast as the best peer, {comparison.best_peer}; {roof}"
+        f"{mark}{comparison.ours}: {comparison.speedup:.2f}× as fast as the best peer, {comparison.best_peer}; {roof}"
     )
 
 
 def summary(report: Report) -> str:
     """How many cases were won, and every one that was lost."""
     held = [c for c in report.comparisons if c.speedup is not None]
-    lost = [c for c in held if c.speedup is not None and c.speedup < 1]
-    lines = [f"{len(held) - len(lost)} of {len(held)} cases faster than the best peer"]
-    lines += [f"  LOST  {shape_text(c.shape)}  {c.dtype}  {c.mode}: {c.speedup:.2f}× of {c.best_peer}" for c in lost]
+    behind = lost(report.comparisons)
+    several = len({c.op for c in report.comparisons}) > 1
+    lines = [f"{len(held) - len(behind)} of {len(held)} cases faster than the best peer"]
+    for c in behind:
+        op = f"{c.op}  " if several else ""
+        lines.append(f"  LOST  {op}{shape_text(c.shape)}  {c.dtype}  {c.mode}: {c.speedup:.2f}× of {c.best_peer}")
     lines += sorted(set(_missing_everywhere(report)))
     return "\n".join(lines)
+
+
+def lost(comparisons: Iterable[Comparison]) -> list[Comparison]:
+    """Those whose best peer was faster than ours."""
+    return [c for c in comparisons if c.speedup is not None and c.speedup < 1]
 
 
 def shape_text(shape: dict[str, int]) -> str:
@@ -71,9 +87,9 @@ def shape_text(shape: dict[str, int]) -> str:
 
 
 def _missing_everywhere(report: Report) -> Iterator[str]:
-    ran = {row.provider for row in report.rows}
+    ran = {(row.op, row.provider) for row in report.rows}
     for m in report.missing:
-        if m.provider not in ran:
+        if (m.op, m.provider) not in ran:
             yield f"  missing: {m.provider}: {m.reason}"
 
 
@@ -84,19 +100,21 @@ def _size(size: int) -> str:
     return str(size)
 
 
-def _milliseconds(value: float) -> str:
+def milliseconds(value: float) -> str:
+    """Three digits, or all that stand before the point."""
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _cells(row: Row, fastest: float, floor_ms: float) -> tuple[str, ...]:
+def cells(row: Row, fastest: float, floor_ms: float) -> tuple[str, ...]:
+    """A row under `HEADER`. `fastest`: the least median of its case."""
     error = ", ".join(
         f"{name} {value:.4f}" if name == "rank_agreement" else f"{name} {value:.1e}"
         for name, value in row.error_vs_fp64.items()
     )
     return (
         row.provider,
-        _milliseconds(row.median_ms),
-        f"{_milliseconds(row.p20_ms)} – {_milliseconds(row.p80_ms)}",
+        milliseconds(row.median_ms),
+        f"{milliseconds(row.p20_ms)} – {milliseconds(row.p80_ms)}",
         "?" if row.peak_bytes is None else f"{row.peak_bytes / 2**20:.1f}",
         error,
         f"{row.median_ms / fastest:.2f}",
