@@ -134,8 +134,8 @@ class Pass {
       char* const to = static_cast<char*>(query_.mutable_data_ptr());
       const int64_t bytes = row * arguments_.query.element_size();
       const int64_t begin = problem_.query_begin(), end = problem_.query_end();
-      std::memset(to, 0, static_cast<size_t>(begin * bytes));
-      std::memset(to + end * bytes, 0, static_cast<size_t>((query_rows - end) * bytes));
+      clear(to, begin * bytes);
+      clear(to + end * bytes, (query_rows - end) * bytes);
       to_.query = to;
     }
     make_side(keys_, arguments_.keys, needs_.keys, kernel.width);
@@ -165,15 +165,15 @@ class Pass {
       const AttentionSegment& segment = problem_.kernel.segment[m];
       if (segment.index != nullptr) {
         if (element == static_cast<int64_t>(sizeof(T))) {
-          std::memset(at, 0, static_cast<size_t>(count * bytes));
+          clear(at, count * bytes);
         } else {
           side.sums[m] = Buffer<T>(count * row);
           std::fill_n(side.sums[m].get(), count * row, T(0));
         }
       } else {
         const int64_t begin = segment.offsets[0], end = segment.offsets[problem_.sequences];
-        std::memset(at, 0, static_cast<size_t>(begin * bytes));
-        std::memset(at + end * bytes, 0, static_cast<size_t>((count - end) * bytes));
+        clear(at, begin * bytes);
+        clear(at + end * bytes, (count - end) * bytes);
       }
       at += count * bytes;
     }

@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 #include <tuple>
 
@@ -21,7 +20,7 @@ using Results = std::tuple<Tensor, Tensor, Tensor>;
 template <typename T>
 void fill(const AttentionResults<T>& to, int64_t begin, int64_t end, int64_t heads, int64_t out_bytes, int64_t segments) {
   const auto rows = static_cast<size_t>(std::max<int64_t>(end - begin, 0) * heads);
-  std::memset(static_cast<char*>(to.out) + begin * heads * out_bytes, 0, rows * static_cast<size_t>(out_bytes));
+  clear(static_cast<char*>(to.out) + begin * heads * out_bytes, static_cast<int64_t>(rows) * out_bytes);
   std::fill_n(to.lse + begin * heads, rows, -std::numeric_limits<double>::infinity());
   if (to.mass != nullptr) std::fill_n(to.mass + begin * heads * segments, rows * static_cast<size_t>(segments), T(0));
 }

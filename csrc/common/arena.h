@@ -3,6 +3,10 @@
 
 #include "kind.h"
 
+#if defined(__SANITIZE_ADDRESS__)
+#include <sanitizer/asan_interface.h>
+#endif
+
 namespace mmrec {
 namespace MMREC_ISA {
 namespace {
@@ -16,8 +20,23 @@ struct Arena {
   X* take(int64_t count) {
     X* const taken = memory == nullptr ? nullptr : reinterpret_cast<X*>(memory + used);
     used += round_up(count * static_cast<int64_t>(sizeof(X)), 64);
+#if defined(__SANITIZE_ADDRESS__)
+    keep_apart(taken, count * static_cast<int64_t>(sizeof(X)));
+#endif
     return taken;
   }
+
+#if defined(__SANITIZE_ADDRESS__)
+  // What lies between two pieces may not be touched, so that the sanitizer sees who leaves a piece.
+  void keep_apart(void* piece, int64_t bytes) {
+    constexpr int64_t kGap = 64;
+    if (piece != nullptr) {
+      ASAN_UNPOISON_MEMORY_REGION(piece, bytes);
+      ASAN_POISON_MEMORY_REGION(static_cast<char*>(piece) + bytes, memory + used + kGap - (static_cast<char*>(piece) + bytes));
+    }
+    used += kGap;
+  }
+#endif
 };
 
 // What a Worker<Kind, T> for the elements of `given` takes of an arena.

@@ -5,6 +5,7 @@
 
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -26,6 +27,11 @@ inline void prefer_large_pages(void* memory, int64_t bytes) {
   (void)memory;
   (void)bytes;
 #endif
+}
+
+// Zeros, into memory that is nowhere if it is empty: memset wants an address even then.
+inline void clear(void* memory, int64_t bytes) {
+  if (bytes > 0) std::memset(memory, 0, static_cast<size_t>(bytes));
 }
 
 // Results from this size on are written past the caches, where their rows are whole lines.

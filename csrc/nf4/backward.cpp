@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 
 #include "../common/tensors.h"
@@ -168,7 +167,7 @@ Results backward_as(const Tensor& dy, const std::optional<Tensor>& x, const NF4B
   const auto zeros_like = [&](const std::optional<Tensor>& t, bool needed) {
     if (!t || !needed) return torch::stable::new_empty(t ? *t : dy, {0});
     Tensor made = torch::stable::new_empty(*t, {t->size(0), t->size(1), t->size(2)});
-    std::memset(made.mutable_data_ptr(), 0, static_cast<size_t>(made.numel() * made.element_size()));
+    clear(made.mutable_data_ptr(), made.numel() * static_cast<int64_t>(made.element_size()));
     return made;
   };
   Tensor dx = need_x ? torch::stable::new_empty(dy, {dy.size(0), weight.columns}) : torch::stable::new_empty(dy, {0});

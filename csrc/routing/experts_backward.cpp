@@ -6,7 +6,6 @@
 
 #include <algorithm>
 #include <array>
-#include <cstring>
 #include <tuple>
 
 #include "experts_problem.h"
@@ -110,7 +109,7 @@ class Pass {
       if (some_ && is_of_experts(n)) shape[0] = used;
       sums_.push_back(torch::stable::new_empty(*inputs_[n], shape, n == kX ? arguments_.x.scalar_type() : kType));
       if (n != kX && n != kWeights) {  // those are written, the others added to
-        std::memset(sums_.back().mutable_data_ptr(), 0, static_cast<size_t>(sums_.back().numel()) * sizeof(T));
+        clear(sums_.back().mutable_data_ptr(), sums_.back().numel() * static_cast<int64_t>(sizeof(T)));
       }
     }
   }

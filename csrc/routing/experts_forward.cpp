@@ -4,7 +4,6 @@
 #include <torch/csrc/stable/ops.h>
 
 #include <algorithm>
-#include <cstring>
 #include <tuple>
 
 #include "experts_problem.h"
@@ -36,7 +35,7 @@ Results forward_as(const ExpertsArguments& arguments, bool save_hidden) {
   if (save_hidden) {
     kept = problem.kept_hidden(hidden.mutable_data_ptr(), shared_hidden.mutable_data_ptr(), x.element_size());
     // Rows that no pair owns are 0, so that two calls give the same.
-    std::memset(kept.hidden + kept.used * kept.row_bytes, 0, static_cast<size_t>((tokens * pairs_each - kept.used) * kept.row_bytes));
+    clear(kept.hidden + kept.used * kept.row_bytes, (tokens * pairs_each - kept.used) * kept.row_bytes);
   }
   const int64_t step = problem.tokens_of_pass(padded * static_cast<int64_t>(sizeof(T)));
   for (int64_t first = 0; first < tokens; first += step) {
@@ -48,7 +47,7 @@ Results forward_as(const ExpertsArguments& arguments, bool save_hidden) {
     const std::vector<ExpertTile> tiles = problem.tiles(plan, save_hidden ? &kept : nullptr);
     const int64_t bytes = kernels.scratch_bytes(problem.pass), shared_bytes = shared_rows * x.element_size();
     for (int64_t t = first; save_hidden && problem.has_shared && t < last; ++t) {
-      if (plan.shared[static_cast<size_t>(t - first)] < 0) std::memset(kept.shared + t * shared_bytes, 0, static_cast<size_t>(shared_bytes));
+      if (plan.shared[static_cast<size_t>(t - first)] < 0) clear(kept.shared + t * shared_bytes, shared_bytes);
     }
     for_each_task(
         static_cast<int64_t>(tiles.size()), [&] { return Buffer<char>(bytes); },
