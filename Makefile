@@ -11,7 +11,7 @@ STAMP := build/.installed
 TREE := $(VENV)/.tree
 PYTEST := $(BIN)/python -m pytest
 
-.PHONY: help setup demo test test-all lint types docs wheel-test bench gpu-report results clean
+.PHONY: help setup demo test test-all lint types docs wheel wheel-test sanitize hf-kernel bench gpu-report results clean
 
 help:
 	@echo "make demo         train and query the recommender on a generated catalogue (minutes), then say where the report is"
@@ -20,7 +20,8 @@ help:
 	@echo "make results      the studies of docs/results.md and the experiments (needs DATA=folder with the data sets; hours)"
 	@echo "make gpu-report   on a GPU machine: build, test and benchmark everything"
 	@echo "make docs         the documentation as a site, in build/site"
-	@echo "make lint types wheel-test clean"
+	@echo "make wheel        a wheel for other machines, in dist; hf-kernel: a repository for Hugging Face's kernels, in build/hf-kernel"
+	@echo "make lint types wheel-test sanitize clean"
 
 setup: $(STAMP)
 
@@ -53,12 +54,27 @@ demo: setup
 	$(BIN)/mmrec demo --out runs/demo
 
 test: setup
-	$(PYTEST) -m "not wheel"
+	$(PYTEST) -m "not wheel and not sanitizer"
+
+# In isolation, and without what earlier builds left. Torch's own libraries stay outside: there must be one of each in a process.
+wheel: setup
+	rm -rf build/lib build/bdist.* build/wheel
+	$(PIP) wheel -v --no-deps -w build/wheel .
+	PATH="$(abspath $(BIN)):$$PATH" auditwheel repair --exclude 'libtorch*.so' --exclude 'libc10*.so' --exclude 'libgomp*' \
+		-w dist build/wheel/*.whl
+
+hf-kernel: setup
+	rm -rf build/hf-kernel
+	$(BIN)/python -m mmrec_kernels.hub build/hf-kernel
 
 wheel-test: setup
 	$(PYTEST) -m wheel
 
-test-all: test wheel-test
+# The ops' tests on a _C built with AddressSanitizer and UndefinedBehaviorSanitizer, in build/sanitized.
+sanitize: setup
+	$(PYTEST) -m sanitizer
+
+test-all: test wheel-test sanitize
 
 lint: setup
 	$(BIN)/ruff check .
