@@ -95,6 +95,12 @@ def train(
     compare_identity: Annotated[
         bool, typer.Option("--identity/--no-identity", help="Train the identity-only model too, to compare with.")
     ] = True,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WAY", help="Under torchrun: ddp (default), whole weights in every process, or fsdp, parts of them."
+        ),
+    ] = None,
     layout: Layout = "auto",
     split_seed: SplitSeed = 0,
     hold_out: HoldOut = None,
@@ -111,7 +117,8 @@ def train(
     )  # fmt: skip
     train_command(
         data=data, out=out, protocol=protocol.value, choices=choices, seed=seed, resume=resume, floors=floors,
-        compare_identity=compare_identity, layout=layout, split_seed=split_seed, hold_out=hold_out, json_file=json_file,
+        compare_identity=compare_identity, layout=layout, split_seed=split_seed, hold_out=hold_out, parallel=parallel,
+        json_file=json_file,
     )  # fmt: skip
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Mmrec", "Outcome", "read_json"]
+__all__ = ["Mmrec", "Outcome", "read_json", "torchrun"]
 
 
 @dataclass
@@ -42,3 +44,13 @@ def read_json(path: Path) -> dict[str, Any]:
         raise AssertionError(f"{path} holds {text}")
 
     return json.loads(path.read_text(encoding="utf-8"), parse_constant=refuse)
+
+
+def torchrun(tmp_path: Path, ranks: int, *arguments: object, before: str = "") -> subprocess.CompletedProcess:
+    """Runs a command line in so many processes, each of which executes ``before`` first."""
+    script = tmp_path / "mmrec_under_torchrun.py"
+    script.write_text(f"import sys\nfrom mmrec.cli import run\n{before}\nsys.exit(run(sys.argv[1:]))\n")
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--"]
+    return subprocess.run(
+        [*launcher, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=300, check=False
+    )

@@ -2,30 +2,16 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from cli_helpers import Mmrec
+from cli_helpers import Mmrec, torchrun
 
 from mmrec.commands.runs import open_run
 from mmrec.commands.sharded import _join, _parts_folder, _ranges
 from mmrec.recommender import ItemStore
-
-RUN = "import sys; from mmrec.cli import run; sys.exit(run(sys.argv[1:]))"
-
-
-def torchrun(tmp_path: Path, ranks: int, *arguments: object) -> subprocess.CompletedProcess:
-    script = tmp_path / "mmrec_index.py"
-    script.write_text(RUN)
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "--"]
-    return subprocess.run(
-        [*launcher, str(script), *map(str, arguments)], capture_output=True, text=True, timeout=300, env={**os.environ}
-    )
 
 
 def assert_same(found: Path, wanted: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +29,8 @@ if TYPE_CHECKING:
     from ..recommender.config import RecommenderConfig
     from ..recommender.encoder import ItemEncoder
     from ..recommender.model import Answers, ItemVectors, Recommender
+    from ..recommender.parallel import Alone
+    from ..recommender.training import Content, Trained
 
 __all__ = ["Source", "TrainedRun", "cache_folder", "describe_run", "fit", "open_run"]
 
@@ -250,37 +252,56 @@ def describe_run(folder: Path) -> dict[str, Any]:
 
 
 def fit(
-    data: Data, config: RecommenderConfig, folder: Path, source: Source, *, resume: bool = False, metrics: Sequence[str]
+    data: Data,
+    config: RecommenderConfig,
+    folder: Path,
+    source: Source,
+    *,
+    resume: bool = False,
+    metrics: Sequence[str],
+    ranks: Alone | None = None,
 ) -> TrainedRun:
     """Trains into ``folder`` and evaluates on the test items.
 
     Args:
         resume: go on from a checkpoint; a finished run of the same data, split and config is returned as it is.
+        ranks: who trains together; the first one writes, and all must read what it wrote. None: this process alone.
 
     Raises:
         ValueError: the folder holds a run (without ``resume``) or a run of something else (with it).
     """
-    from ..recommender.store.columns import ragged_strings
+    from ..recommender.parallel import ALONE
     from ..recommender.training import prepare_content, train
+    from ..recommender.training.storage import save_json
+
+    ranks = ALONE if ranks is None else ranks
+    identity = {"config": config.to_dict(), "fingerprint": data.fingerprint, "split": data.split.id}
+    run = _existing(folder, identity, resume)
+    ranks.check_same("no finished run" if run is None else f"run {run.model_id}", folder)
+    if run is None:
+        facts = {**identity, "dataset": data.catalogue.name, "source": source.to_dict()}
+        if ranks.rank == 0:
+            save_json(folder / CONFIG, {**facts, "seed": config.seed})
+        read = partial(prepare_content, data.catalogue, config, ~data.split.cold_items, cache=cache_folder())
+        try:
+            content = ranks.in_turn(read)
+            trained = train(content, data.split, config, folder, identity, resume=resume, ranks=ranks)
+        except KeyboardInterrupt as stop:
+            kept = f"{folder}: nothing trained yet; embeddings computed so far are kept in {cache_folder()}"
+            raise Interrupted(str(stop) or kept) from None
+        ranks.by_first(partial(_write, folder, facts, data, content, trained))
+        run = open_run(folder)
+    ranks.by_first(partial(_evaluate, run, data, metrics))
+    return run
+
+
+def _write(folder: Path, facts: dict[str, Any], data: Data, content: Content, trained: Trained) -> None:
+    """A finished run in place of its checkpoint."""
+    from ..recommender.store.columns import ragged_strings
     from ..recommender.training.storage import remove, save_json, save_tensors
 
-    identity = {"config": config.to_dict(), "fingerprint": data.fingerprint, "split": data.split.id}
-    finished = _existing(folder, identity, resume)
-    if finished is not None:
-        return _with_result(finished, data, metrics)
-    save_json(
-        folder / CONFIG, {**identity, "dataset": data.catalogue.name, "seed": config.seed, "source": source.to_dict()}
-    )
-    try:
-        content = prepare_content(data.catalogue, config, ~data.split.cold_items, cache=cache_folder())
-        trained = train(content, data.split, config, folder, identity, resume=resume)
-    except KeyboardInterrupt as stop:
-        kept = f"{folder}: nothing trained yet; embeddings computed so far are kept in {cache_folder()}"
-        raise Interrupted(str(stop) or kept) from None
     facts = {
-        **identity,
-        "dataset": data.catalogue.name,
-        "source": source.to_dict(),
+        **facts,
         "spec": trained.model.spec.to_dict(),
         "best_epoch": trained.best_epoch,
         "epochs": len(trained.curves),
@@ -295,7 +316,6 @@ def fit(
     save_json(folder / CURVES, {"epochs": trained.curves})
     save_tensors(folder, RUN, tensors, facts)
     remove(folder, "checkpoint")
-    return _with_result(open_run(folder), data, metrics)
 
 
 def _existing(folder: Path, identity: dict[str, Any], resume: bool) -> TrainedRun | None:
@@ -321,14 +341,12 @@ def _existing(folder: Path, identity: dict[str, Any], resume: bool) -> TrainedRu
     return None
 
 
-def _with_result(run: TrainedRun, data: Data, metrics: Sequence[str]) -> TrainedRun:
-    """Evaluates a run whose test result is not stored yet, or lacks a metric."""
+def _evaluate(run: TrainedRun, data: Data, metrics: Sequence[str]) -> None:
+    """Stores the test result, where it is not stored yet or lacks a metric."""
     if (run.folder / METRICS).is_file() and set(metrics) <= set(run.result.metrics):
-        return run
-    result = run.evaluate(data, stage="test", mask=None, metrics=metrics)
-    result.save(run.folder / METRICS)
-    run.result = result
-    return run
+        return
+    run.result = run.evaluate(data, stage="test", mask=None, metrics=metrics)
+    run.result.save(run.folder / METRICS)
 
 
 def _no_run(folder: Path) -> str:

@@ -1,7 +1,8 @@
-"""A store that several processes build: ranks of ``torchrun`` on one machine, or tasks of a Ray Data job over many.
+"""Work that several processes share: a training, and a store of items; ranks of ``torchrun`` on one machine, or, for a
+store, tasks of a Ray Data job over many.
 
-Each encodes some of the items and writes them as parts into a folder beside the store; one then joins the parts, in the
-order of the items. The folder, the run and the items must be where all of them can read and write.
+For a store each encodes some of the items and writes them as parts into a folder beside it; one then joins the parts,
+in the order of the items. The folder, the run and the items must be where all of them can read and write.
 """
 
 from __future__ import annotations
@@ -9,29 +10,114 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .console import FAILED, INTERRUPTED, Interrupted
 from .runs import TrainedRun, open_run
 
 if TYPE_CHECKING:
+    from torch.distributed import Store
+
     from ..adaptation import Catalogue
     from ..recommender.encoder import ItemEncoder
+    from ..recommender.parallel import Alone
     from ..recommender.store import Meta
 
-__all__ = ["build_with_ray", "build_with_torchrun", "under_torchrun"]
+__all__ = ["build_with_ray", "build_with_torchrun", "training_ranks", "under_torchrun"]
 
 # Parts per worker, so that all end at about the same time; and items of a part at most, which are in memory at once.
 _PARTS, _MOST = 4, 4096
+
+# Ranks wait for the slowest, which may have hours of work; one that failed waits a moment whether others did too.
+_WORK, _MOMENT = timedelta(days=7), timedelta(seconds=10)
 
 
 def under_torchrun() -> bool:
     """Whether this process is one of several that ``torchrun`` started."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+@contextmanager
+def _joined() -> Iterator[tuple[int, int, Store]]:
+    """Inside, this process is one of those that ``torchrun`` started, with its share of the cores: rank, number, and
+    what they all can write to."""
+    import torch
+    from torch import distributed
+    from torch.distributed.rendezvous import rendezvous
+
+    store, rank, world = next(iter(rendezvous("env://")))
+    distributed.init_process_group("gloo", timeout=_WORK, store=store, rank=rank, world_size=world)
+    try:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+        yield rank, world, store
+    finally:
+        distributed.destroy_process_group()
+
+
+@contextmanager
+def training_ranks(parallel: str | None) -> Iterator[Alone]:
+    """Who trains together: this process alone, or all that ``torchrun`` started, of which the first one speaks.
+
+    Args:
+        parallel: see :func:`.several`; None: "ddp" where there are several.
+
+    Raises:
+        ValueError: ``parallel`` without ``torchrun``, or another word.
+    """
+    from ..recommender.parallel import ALONE, PARALLEL, several
+
+    if parallel not in (None, *PARALLEL):
+        raise ValueError(f"--parallel must be one of {', '.join(PARALLEL)}, got {parallel!r}")
+    if not under_torchrun():
+        if parallel is not None and "WORLD_SIZE" not in os.environ:
+            raise ValueError(
+                f"--parallel {parallel} needs several processes: torchrun --nproc-per-node 2 -- $(which mmrec) train …"
+            )
+        yield ALONE
+        return
+    with _joined() as (rank, _, store), _one_voice(rank, store):
+        yield several(parallel or PARALLEL[0])
+
+
+@contextmanager
+def _one_voice(rank: int, store: Store) -> Iterator[None]:
+    """Inside, only the first rank writes to stdout and stderr. The others wait for its end; of those that fail at the
+    same time the first one says why."""
+    try:
+        with ExitStack() as stack:
+            if rank:
+                nothing = stack.enter_context(open(os.devnull, "w"))
+                stack.enter_context(redirect_stdout(nothing))
+                stack.enter_context(redirect_stderr(nothing))
+                logging.disable(logging.WARNING)
+                stack.callback(logging.disable, logging.NOTSET)
+            yield
+    except (Exception, KeyboardInterrupt) as error:
+        # The first one that leaves has torchrun end the others, who have something to say.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        code = INTERRUPTED if isinstance(error, Interrupted | KeyboardInterrupt) else FAILED
+        store.set(f"ended/{rank}", str(code))
+        if _failed(store, range(rank), _MOMENT):
+            raise SystemExit(code) from error
+        raise
+    store.set(f"ended/{rank}", "0")
+    _failed(store, range(min(rank, 1)), _WORK)
+
+
+def _failed(store: Store, ranks: range, patience: timedelta) -> bool:
+    """Whether one of these failed; no, if they do not all say how they ended in time."""
+    keys = [f"ended/{rank}" for rank in ranks]
+    try:
+        store.wait(keys, patience)
+    except RuntimeError:
+        return False
+    return any(store.get(key) != b"0" for key in keys)
 
 
 def build_with_torchrun(run: TrainedRun, items: Path, folder: Path, meta: Meta, encoder: ItemEncoder) -> bool:
@@ -40,30 +126,22 @@ def build_with_torchrun(run: TrainedRun, items: Path, folder: Path, meta: Meta, 
     Raises:
         RuntimeError: on all ranks, where one failed; nothing was written then.
     """
-    import torch
     from torch import distributed
 
-    # Ranks wait for the slowest, which may have hours of work.
-    distributed.init_process_group("gloo", timeout=timedelta(days=7))
-    try:
-        rank, world = distributed.get_rank(), distributed.get_world_size()
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", world))))
+    with _joined() as (rank, world, _), ExitStack() as stack:
         catalogue = _catalogue(items, encoder)
-        with ExitStack() as stack:
-            told = [""]
-            if rank == 0:
-                told = [str(_parts_folder(folder))]
-                stack.callback(shutil.rmtree, told[0], ignore_errors=True)
-            distributed.broadcast_object_list(told)
-            parts = Path(told[0])
-            error = _attempt(lambda: _write_share(encoder, catalogue, parts, meta, rank, world))
-            _agree(error)
-            if rank == 0:
-                error = _attempt(lambda: _join(folder, meta, parts, _ranges(catalogue.num_items, world)))
-            _agree(error)
+        told = [""]
+        if rank == 0:
+            told = [str(_parts_folder(folder))]
+            stack.callback(shutil.rmtree, told[0], ignore_errors=True)
+        distributed.broadcast_object_list(told)
+        parts = Path(told[0])
+        error = _attempt(lambda: _write_share(encoder, catalogue, parts, meta, rank, world))
+        _agree(error)
+        if rank == 0:
+            error = _attempt(lambda: _join(folder, meta, parts, _ranges(catalogue.num_items, world)))
+        _agree(error)
         return rank == 0
-    finally:
-        distributed.destroy_process_group()
 
 
 def _attempt(work: Callable[[], object]) -> Exception | None:

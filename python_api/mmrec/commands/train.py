@@ -12,10 +12,12 @@ from .evaluate import SHOWN, differences, evaluation_json, print_differences, pr
 from .rankers import evaluate_floor, floor_names
 from .runs import REPORT, Source, TrainedRun, fit
 from .settings import Choices, only
+from .sharded import training_ranks
 
 if TYPE_CHECKING:
     from ..evaluation import Interval, Result
     from ..recommender.config import RecommenderConfig
+    from ..recommender.parallel import Alone
 
 __all__ = ["train_and_report", "train_command"]
 
@@ -35,16 +37,19 @@ def train_command(
     layout: str,
     split_seed: int,
     hold_out: float | None,
+    parallel: str | None,
     json_file: Path | None,
 ) -> None:
     """See ``mmrec train --help``."""
-    read = load_data(data, protocol, layout=layout, split_seed=split_seed, hold_out=hold_out)
-    config = choices.config(read.catalogue, seed)
-    source = Source(data.absolute(), layout, protocol, split_seed, hold_out)
-    content = train_and_report(
-        read, config, out, source, resume=resume, floors=floors, compare_identity=compare_identity
-    )
-    write_json(json_file, content)
+    with training_ranks(parallel) as ranks:
+        read = load_data(data, protocol, layout=layout, split_seed=split_seed, hold_out=hold_out)
+        config = choices.config(read.catalogue, seed)
+        source = Source(data.absolute(), layout, protocol, split_seed, hold_out)
+        content = train_and_report(
+            read, config, out, source, resume=resume, floors=floors, compare_identity=compare_identity, ranks=ranks
+        )
+        if ranks.rank == 0:
+            write_json(json_file, content)
 
 
 def train_and_report(
@@ -56,17 +61,24 @@ def train_and_report(
     resume: bool = False,
     floors: bool = True,
     compare_identity: bool = True,
+    ranks: Alone | None = None,
 ) -> dict[str, Any]:
-    """Trains into ``out``, prints the comparison, writes ``report.html``; returns the figures as JSON values."""
+    """Trains into ``out``, prints the comparison, writes ``report.html``; returns the figures as JSON values.
+
+    Of several ranks only the first one does what comes after training.
+    """
     metrics = with_metrics(SHOWN)
     say(f"{data.catalogue!r}, protocol {data.split.protocol}: {data.split.origin}")
     say(f"training {', '.join(config.modalities)} into {out}")
-    run = fit(data, config, out, source, resume=resume, metrics=metrics)
+    run = fit(data, config, out, source, resume=resume, metrics=metrics, ranks=ranks)
     results = {run.label: run.result}
     if compare_identity and config.content:
         say(f"training identity-only into {out / IDENTITY_FOLDER}")
-        plain = fit(data, only(config, ("identity",)), out / IDENTITY_FOLDER, source, resume=True, metrics=metrics)
+        identity, folder = only(config, ("identity",)), out / IDENTITY_FOLDER
+        plain = fit(data, identity, folder, source, resume=True, metrics=metrics, ranks=ranks)
         results[plain.label] = plain.result
+    if ranks is not None and ranks.rank:
+        return {}
     names = floor_names(None) if floors else ()
     results |= {name: evaluate_floor(name, data, metrics=metrics) for name in names}
     compared = {name: differences(run.result, result, SHOWN) for name, result in results.items() if name != run.label}

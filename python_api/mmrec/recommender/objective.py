@@ -17,6 +17,7 @@ from .config import MAX_SCALE
 from .inputs import ItemInputs
 from .item_tower import ItemOutput
 from .model import Recommender
+from .parallel import ALONE, Alone
 
 __all__ = ["Losses", "Objective"]
 
@@ -80,42 +81,47 @@ class Objective(nn.Module):
         if config.align_weight and len(config.modalities) > 1:
             self.alignment = alignment(config.align, config.modalities, model.item_tower.aligned_width)
 
-    def forward(self, model: Recommender, inputs: ItemInputs, batch: Batch) -> Losses:
+    def forward(self, model: Recommender, inputs: ItemInputs, batch: Batch, ranks: Alone = ALONE) -> Losses:
         """The losses of one batch.
 
         Args:
             inputs: content of the known items, row n of item `known[n]`.
             batch: windows whose items are all known.
+            ranks: who shares the work; the mean of their losses is that of one process. What is a statistic of items
+                (the disentangler's losses, balance and global entropy of the router) is one of a rank's own items.
         """
         if inputs.num_items != len(self.known):
             raise ValueError(f"inputs must hold the {len(self.known)} known items, got {inputs.num_items}")
         if self.full:
-            items = self.known
-            place = self.place
-            output = model.encode(inputs, items)
+            items, place = self.known, self.place
         else:
-            extra = self._extra()
+            with ranks.together():
+                extra = self._extra()
             items = torch.cat([batch.index, batch.target, extra]).unique()
             place = torch.full_like(self.place, -1)
             place[items] = torch.arange(len(items), device=items.device)
-            output = model.encode(inputs.select(self.place[items]), items)
-        states = model.states(output.vectors, place[batch.index], batch.offsets)
+        own, count = ranks.share(items), len(items)
+        output = model.encode(inputs if own is self.known else inputs.select(self.place[own]), own)
+        vectors = ranks.gather(output.vectors, count)
+        mine, rows = ranks.windows(batch)
+        states = model.states(vectors, place[mine.index], mine.offsets)
         if self.full:
-            item = self._all_items(states, output.vectors, place[batch.target])
+            item = self._all_items(states, vectors, place[mine.target])
         else:
-            item = self._in_batch(states, output.vectors, place, batch.target, extra)
-        aligned = self._alignment(output)
+            item = self._in_batch(states, vectors, place, batch.target, extra, rows)
+        item = ranks.weigh(item, len(mine.target), len(batch.target))
+        aligned = self._alignment(output, count, ranks)
         apart = item.new_zeros(())
         if output.parts is not None:
-            apart = torch.stack(list(output.parts.losses.values())).sum()
+            apart = ranks.weigh(torch.stack(list(output.parts.losses.values())).sum(), len(own), count)
         router, load = item.new_zeros(()), None
         if output.routing is not None:
             config = self.config
-            router = ModalityMoE.penalty(
-                output.routing.losses, config.balance_weight, config.z_weight, config.local_entropy_weight,
-                config.global_entropy_weight,
-            )  # fmt: skip
             load = output.routing.stats[..., 0]
+            router = ModalityMoE.penalty(
+                ranks.weigh_routed(output.routing.losses, load), config.balance_weight, config.z_weight,
+                config.local_entropy_weight, config.global_entropy_weight,
+            )  # fmt: skip
         total = item + self.config.align_weight * aligned + self.config.disentangle_weight * apart + router
         return Losses(total, item.detach(), aligned.detach(), apart.detach(), router.detach(), load)
 
@@ -132,24 +138,25 @@ class Objective(nn.Module):
             label_smoothing=self.config.label_smoothing,
         )
 
-    def _in_batch(self, states: Tensor, vectors: Tensor, place: Tensor, target: Tensor, extra: Tensor) -> Tensor:
+    def _in_batch(
+        self, states: Tensor, vectors: Tensor, place: Tensor, target: Tensor, extra: Tensor, rows: Tensor | None
+    ) -> Tensor:
+        """`rows`: which targets are those of `states`; None: all."""
         key_ids = torch.cat([target, extra])
         draws, known = len(target) + len(extra), len(self.known)
         rate = (len(target) * self.share[key_ids] + len(extra) / known) / draws
         return info_nce(
-            states, vectors.index_select(0, place[key_ids]), scale=self._scale(), symmetric=False, key_ids=key_ids,
-            log_q=rate.log(), label_smoothing=self.config.label_smoothing,
+            states, vectors.index_select(0, place[key_ids]), scale=self._scale(), symmetric=False, target=rows,
+            key_ids=key_ids, log_q=rate.log(), label_smoothing=self.config.label_smoothing,
         )  # fmt: skip
 
     def _extra(self) -> Tensor:
         draws = torch.randint(len(self.known), (int(self.config.extra_negatives),), device=self.known.device)
         return self.known[draws]
 
-    def _alignment(self, output: ItemOutput) -> Tensor:
+    def _alignment(self, output: ItemOutput, count: int, ranks: Alone) -> Tensor:
         if self.alignment is None or not output.pooled:
             return output.vectors.new_zeros(())
-        count = len(output.vectors)
-        chosen = torch.randperm(count, device=output.vectors.device)[: int(self.config.align_items)]
-        embeddings = {name: values.index_select(0, chosen) for name, values in output.pooled.items()}
-        present = {name: output.present[name].index_select(0, chosen) for name in embeddings}
-        return self.alignment(embeddings, present)
+        with ranks.together():
+            chosen = torch.randperm(count, device=output.vectors.device)[: int(self.config.align_items)]
+        return self.alignment(*ranks.sample(output.pooled, output.present, chosen, count))

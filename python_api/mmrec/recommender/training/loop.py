@@ -1,4 +1,4 @@
-"""The training loop: epochs, early stopping, checkpoints, Ctrl-C."""
+"""The training loop: epochs, early stopping, checkpoints, Ctrl-C; in one process or in several."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,25 +15,27 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...evaluation.metrics import per_user
 from ...evaluation.protocols import Split
 from ...evaluation.ranking import rank
-from ...fusion.tokens import gather_ragged
 from ..batches import Batch, epoch_batches, num_batches
 from ..config import RecommenderConfig
 from ..inputs import ItemInputs
 from ..model import ItemVectors, Recommender
 from ..objective import Objective
+from ..parallel import ALONE, Alone
 from .features import Content
 from .state import CHECKPOINT, State, learning_rate_share
+from .step import Step
 from .storage import exists
 
 __all__ = ["Progress", "Trained", "train"]
 
 _VALID = "NDCG@10"
-_SAVE_SECONDS = 60.0
+# Between checkpoints: this long, and so many times as long as writing one takes.
+_SAVE_SECONDS, _SAVE_SHARE = 60.0, 50.0
 
 
 @dataclass(frozen=True)
@@ -69,43 +71,62 @@ def train(
     identity: dict[str, Any],
     *,
     resume: bool = False,
+    ranks: Alone = ALONE,
 ) -> Trained:
     """Trains and returns the best model by NDCG@10 on the validation items.
 
     A checkpoint is written when the first Ctrl-C arrives (after the step at hand, then ``KeyboardInterrupt``), and
-    after an epoch if the last one is a minute old. A resumed run gives the same bits as one that was never interrupted,
-    on the same machine and thread count.
+    after a step if the last one is a minute old and took less than a fiftieth of the time since. A resumed run gives
+    the same bits as one that was never interrupted, on the same machine, thread count and number of ranks.
 
     Args:
         folder: where the checkpoint lives; ``identity`` is stored with it and must be the same on resuming.
-        resume: go on from the checkpoint if there is one.
+        resume: go on from the checkpoint if there is one, by whatever number of ranks it was written.
+        ranks: who trains together, see :func:`.several`; every rank calls this alike and returns the same. The first
+            one writes; the others read from the same folder.
+
+    Raises:
+        ConnectionError: another rank is gone.
     """
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), ranks.guarded():
         torch.manual_seed(int(config.seed))
-        loop = _Loop(content, split, config, folder, identity)
+        loop = _Loop(content, split, config, folder, identity, ranks)
         if resume and exists(folder, CHECKPOINT):
-            loop.state.load_from(folder, identity)
-        with _progress_bar(loop.total) as progress, _deferred_interrupt() as interrupted:
+            loop.state.load_from(folder, identity, ranks)
+        ranks.check_same(f"step {loop.state.step}", folder)
+        shown = ranks.rank == 0
+        with _progress_bar(loop.total, shown) as progress, _deferred_interrupt(ranks.signals) as interrupted:
             loop.run(progress, interrupted)
         return loop.finish()
 
 
 class _Loop:
     def __init__(
-        self, content: Content, split: Split, config: RecommenderConfig, folder: Path, identity: dict[str, Any]
+        self,
+        content: Content,
+        split: Split,
+        config: RecommenderConfig,
+        folder: Path,
+        identity: dict[str, Any],
+        ranks: Alone,
     ) -> None:
         self.content, self.split, self.config, self.folder, self.identity = content, split, config, folder, identity
+        self.ranks = ranks
         trained = split.popularity > 0
-        self.known = torch.from_numpy(np.flatnonzero(trained))
+        known = torch.from_numpy(np.flatnonzero(trained))
         model = Recommender(config, content.inputs.spec, trained)
-        model.item_tower.fit_whitening(content.inputs, self.known)
+        model.item_tower.fit_whitening(content.inputs, known)
         objective = Objective(model, split.popularity)
-        tuned = content.backbone is not None
-        text = content.inputs.tokens["text"].values.clone() if tuned else None
+        tuned = [] if content.backbone is None else content.backbone.trainable_parameters()
+        ranks.equalize([*model.parameters(), *model.buffers(), *objective.parameters(), *tuned])
+        known_inputs = model.item_tower.whiten_inputs(content.inputs.select(known))
+        # Of a backbone's own weights some may have no part in pooled vectors, and a step may draw no text.
+        step = Step(model, objective, content, known, known_inputs, ranks)
+        self.step = ranks.wrap(step, unused=content.backbone is not None)
+        text = content.inputs.tokens["text"].values.clone() if content.backbone is not None else None
         self.state = State.fresh(model, objective, config, content.backbone, text)
-        self.known_inputs = model.item_tower.whiten_inputs(content.inputs.select(self.known))
         self.total = num_batches(split.train, config.max_length, config.batch_size) * config.epochs
-        self.saved = time.monotonic()
+        self.saved, self.saving = time.monotonic(), 0.0
 
     def run(self, progress: Progress, interrupted: Callable[[], bool]) -> None:
         state, config = self.state, self.config
@@ -122,26 +143,36 @@ class _Loop:
                 state.step += 1
                 best = "" if state.best_score is None else f"valid {_VALID} {state.best_score:.4f}"
                 progress(state.step, self.total, loss, f"epoch {state.epoch + 1}  {best}")
-                if interrupted():
+                stop, due = self.ranks.any(interrupted(), self._due())
+                if stop or due:
                     self._save()
+                if stop:
                     raise KeyboardInterrupt(f"{self.folder}: saved in epoch {state.epoch + 1}; --resume goes on")
             self._end_epoch(len(batches), time.monotonic() - start)
-            if time.monotonic() - self.saved > _SAVE_SECONDS:
-                self._save()
 
     def finish(self) -> Trained:
-        state = self.state
+        state, ranks = self.state, self.ranks
         state.restore(state.best)
-        inputs = self.content.inputs
+        inputs, model = self.content.inputs, state.model
+        adapter: dict[str, Tensor] = {}
         if state.backbone is not None:
-            inputs = self._with_best_text()
-        items = state.model.eval().item_vectors(inputs)
-        adapter = {} if state.backbone is None else state.backbone.trainable_state_dict()
-        return Trained(state.model, items, state.curves, state.best_epoch, state.load, adapter)
+            with ranks.whole(self.step):
+                inputs = self._with_best_text()
+            adapter = ranks.full(state.backbone.trainable_state_dict())
+        if ranks.sharded:
+            model = Recommender(self.config, inputs.spec, self.split.popularity > 0)
+            model.load_state_dict(ranks.full(state.model.state_dict()))
+        items = model.eval().item_vectors(inputs)
+        return Trained(model, items, state.curves, state.best_epoch, state.load, adapter)
+
+    def _due(self) -> bool:
+        return time.monotonic() - self.saved > max(_SAVE_SECONDS, _SAVE_SHARE * self.saving)
 
     def _save(self) -> None:
-        self.state.save(self.folder, self.identity)
+        start = time.monotonic()
+        self.state.save(self.folder, self.identity, self.ranks)
         self.saved = time.monotonic()
+        self.saving = self.saved - start
 
     def _step(self, batch: Batch) -> float:
         state, config = self.state, self.config
@@ -149,15 +180,18 @@ class _Loop:
         share = learning_rate_share(state.step, self.total, config.warmup)
         for group in state.optimizer.param_groups:
             group["lr"] = group["peak"] * share
+        parameters: Sequence[nn.Parameter] = [p for group in state.optimizer.param_groups for p in group["params"]]
         state.optimizer.zero_grad(set_to_none=True)
-        losses = state.objective(state.model, self._inputs(), batch)
-        loss = float(losses.total.detach())
-        if not math.isfinite(loss):
-            raise ValueError(f"the loss became {loss} in epoch {state.epoch + 1}; a lower learning_rate may help")
-        losses.total.backward()
+        with self.ranks.apart(int(config.seed), state.step):
+            own, state.text = self.step(batch, state.text)
+            losses = self.ranks.average(own)
+            loss = float(losses.total.detach())
+            if not math.isfinite(loss):
+                raise ValueError(f"the loss became {loss} in epoch {state.epoch + 1}; a lower learning_rate may help")
+            own.total.backward()
+        self.ranks.settle(parameters)
         if config.clip_norm:
-            parameters = [p for group in state.optimizer.param_groups for p in group["params"]]
-            torch.nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            self.ranks.clip(parameters, config.clip_norm)
         state.optimizer.step()
         for name, value in losses.parts().items():
             state.sums[name] = state.sums.get(name, 0.0) + float(value)
@@ -168,28 +202,6 @@ class _Loop:
             state.epoch_load = [[a + b for a, b in zip(x, y, strict=True)] for x, y in zip(before, counts, strict=True)]
         return loss
 
-    def _inputs(self) -> ItemInputs:
-        """Content of the known items; where the backbone trains, some of their texts are encoded anew, with gradients.
-
-        The vectors of all other items are those of the last time they were drawn. A step costs one forward and backward
-        pass of the backbone over the texts of ``tune_items`` items.
-        """
-        state, inputs = self.state, self.content.inputs
-        if state.backbone is None or state.text is None or inputs.texts is None:
-            return self.known_inputs
-        chosen = self.known[torch.randperm(len(self.known))[: int(self.config.tune_items)]]
-        rows, _ = gather_ragged(inputs.tokens["text"].offsets, chosen)
-        if not len(rows):
-            return inputs.with_text(state.text).select(self.known)
-        state.backbone.train()
-        encoded = state.backbone.encode(
-            [inputs.texts[i] for i in rows.tolist()], requires_grad=True, progress=False
-        ).pooled
-        assert encoded is not None
-        values = state.text.index_copy(0, rows, encoded.float())
-        state.text = values.detach()
-        return inputs.with_text(values).select(self.known)
-
     def _end_epoch(self, batches: int, seconds: float) -> None:
         state = self.state
         means = {name: value / batches for name, value in state.sums.items()}
@@ -198,7 +210,8 @@ class _Loop:
         state.sums, state.batch = {}, 0
         state.epoch += 1
         if state.epoch % self.config.evaluate_every == 0 or state.epoch == self.config.epochs:
-            score = self._valid()
+            with self.ranks.whole(self.step):
+                score = self.ranks.by_first(self._valid)
             if score is not None:
                 row["valid"] = score
             # Without validation users nothing can be chosen: the latest weights are the result.
@@ -223,36 +236,38 @@ class _Loop:
     def _with_best_text(self) -> ItemInputs:
         inputs, backbone = self.content.inputs, self.state.backbone
         assert backbone is not None and inputs.texts is not None
-        pooled = backbone.eval().encode(inputs.texts).pooled
+        own = self.ranks.share(torch.arange(len(inputs.texts)))
+        pooled = backbone.eval().encode([inputs.texts[i] for i in own.tolist()]).pooled
         assert isinstance(pooled, Tensor)
-        return inputs.with_text(pooled.float())
+        return inputs.with_text(self.ranks.gather(pooled.float(), len(inputs.texts)))
 
 
 @contextmanager
-def _deferred_interrupt() -> Iterator[Callable[[], bool]]:
-    """Inside, the first Ctrl-C only sets a flag, which the yielded function reads; the second one acts at once."""
+def _deferred_interrupt(signals: Sequence[signal.Signals]) -> Iterator[Callable[[], bool]]:
+    """Inside, the first of these signals only sets a flag, which the yielded function reads; the second one acts at
+    once."""
     asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
         yield asked.is_set
         return
-    before = signal.getsignal(signal.SIGINT)
 
     def note(number: int, frame: Any) -> None:
         if asked.is_set():
             raise KeyboardInterrupt
         asked.set()
 
-    signal.signal(signal.SIGINT, note)
+    before = [signal.signal(number, note) for number in signals]
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGINT, before)
+        for number, handler in zip(signals, before, strict=True):
+            signal.signal(number, handler)
 
 
 @contextmanager
-def _progress_bar(total: int) -> Iterator[Progress]:
-    """A bar on stderr where that is a terminal, else nothing."""
-    if not sys.stderr.isatty():
+def _progress_bar(total: int, shown: bool) -> Iterator[Progress]:
+    """A bar on stderr where that is a terminal and it is to be shown, else nothing."""
+    if not (shown and sys.stderr.isatty()):
         yield lambda done, total, loss, note: None
         return
     from rich.console import Console

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..config import RecommenderConfig
 from ..model import Recommender
 from ..objective import Objective
+from ..parallel import ALONE, Alone
 from .storage import load_tensors, save_tensors
 
 if TYPE_CHECKING:
@@ -92,8 +93,8 @@ class State:
         if self.backbone is not None:
             self.backbone.load_trainable_state_dict(_under("adapter.", snapshot))
 
-    def save(self, folder: Path, identity: dict[str, Any]) -> None:
-        """Writes the checkpoint; ``identity`` says what run it belongs to."""
+    def save(self, folder: Path, identity: dict[str, Any], ranks: Alone = ALONE) -> None:
+        """Writes the checkpoint, the same for any number of ranks; ``identity`` says what run it belongs to."""
         tensors = {f"now.{name}": value for name, value in self.snapshot().items()}
         tensors |= {f"best.{name}": value for name, value in self.best.items()}
         tensors |= {f"objective.{name}": value for name, value in self.objective.state_dict().items()}
@@ -101,10 +102,12 @@ class State:
         if self.text is not None:
             tensors["text"] = self.text
         tensors["random"] = torch.get_rng_state()
+        tensors = ranks.full(tensors)
         counters = {name: getattr(self, name) for name in self._COUNTERS}
-        save_tensors(folder, CHECKPOINT, tensors, {"identity": identity, "counters": counters})
+        if ranks.rank == 0:
+            save_tensors(folder, CHECKPOINT, tensors, {"identity": identity, "counters": counters})
 
-    def load_from(self, folder: Path, identity: dict[str, Any]) -> None:
+    def load_from(self, folder: Path, identity: dict[str, Any], ranks: Alone = ALONE) -> None:
         """Continues where :meth:`save` stopped; ``ValueError`` for a damaged checkpoint or one of another run."""
         tensors, facts = load_tensors(folder, CHECKPOINT)
         different = sorted(k for k in identity if facts.get("identity", {}).get(k) != identity[k])
@@ -113,16 +116,18 @@ class State:
                 f"{folder}: the checkpoint is of a run with another {', '.join(different)}; use another folder"
             )
         try:
-            self.restore(_under("now.", tensors))
-            self.objective.load_state_dict(_under("objective.", tensors))
-            self._load_moments(_under("optimizer.", tensors))
+            own = self.snapshot()
+            self.restore(ranks.parts(_under("now.", tensors), own))
+            objective = ranks.parts(_under("objective.", tensors), self.objective.state_dict())
+            self.objective.load_state_dict(objective)
+            self._load_moments(_under("optimizer.", tensors), ranks)
             for name in self._COUNTERS:
                 setattr(self, name, facts["counters"][name])
         except (KeyError, RuntimeError) as error:
             raise ValueError(
                 f"{folder}: the checkpoint does not fit this version ({str(error).splitlines()[0]})"
             ) from None
-        self.best = _under("best.", tensors)
+        self.best = ranks.parts(_under("best.", tensors), own)
         if self.text is not None:
             self.text = tensors["text"]
         torch.set_rng_state(tensors["random"])
@@ -132,11 +137,16 @@ class State:
             for name, value in values.items():
                 yield f"optimizer.{index}.{name}", torch.as_tensor(value)
 
-    def _load_moments(self, tensors: dict[str, Tensor]) -> None:
+    def _load_moments(self, tensors: dict[str, Tensor], ranks: Alone) -> None:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         state: dict[int, dict[str, Tensor]] = {}
         for key, value in tensors.items():
             index, name = key.split(".", 1)
             state.setdefault(int(index), {})[name] = value
+        for place, values in state.items():
+            # The count of steps is a scalar beside moments of the parameter's shape.
+            like: dict[str, Tensor] = {name: parameters[place] for name, value in values.items() if value.ndim}
+            state[place] = ranks.parts(values, like)
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": state})
 
 
