@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import secrets
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 TEMP_PREFIX = ".tmp-"
 
@@ -17,6 +19,14 @@ def cache_root() -> Path:
     """Where what can be made again is kept: `$MMREC_CACHE`, else `~/.cache/mmrec`."""
     chosen = os.environ.get("MMREC_CACHE")
     return Path(chosen) if chosen else Path.home() / ".cache" / "mmrec"
+
+
+def parse_json(text: str | bytes) -> Any:
+    """The value of a JSON text; ValueError if it is none, also if it nests deeper than the parser goes."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def write_atomic(path: str | os.PathLike[str], data: bytes) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any
 
@@ -44,9 +44,12 @@ class TableSchema:
     def __post_init__(self) -> None:
         for role in ROLES:
             value = getattr(self, role)
-            if isinstance(value, str) or not all(isinstance(column, str) for column in value):
+            listed = isinstance(value, Collection) and not isinstance(value, str | Mapping)
+            if not listed or not all(isinstance(column, str) for column in value):
                 raise CatalogueError(f"schema: {role} needs a list of column names, got {value!r}")
             object.__setattr__(self, role, tuple(value))
+        if not isinstance(self.units, Mapping) or not all(isinstance(unit, str) for unit in self.units.values()):
+            raise CatalogueError(f"schema: units needs a unit per column name, got {self.units!r}")
         object.__setattr__(self, "units", dict(self.units))
         seen: dict[str, str] = {}
         for role in ROLES:
@@ -187,6 +190,8 @@ def _normalise_numeric(values: pl.Series, where: str) -> pl.Series:
 
     if values.dtype == pl.String:
         values = _normalise_column(values, None, where)
+    if values.dtype.is_nested():
+        raise CatalogueError(f"{where}: column {values.name!r} is numeric but holds {values.dtype}")
     try:
         numbers = values.cast(pl.Float64, strict=False)
     except pl.exceptions.PolarsError as error:

@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import numpy as np
 
-from ..files import sync
+from ..files import parse_json, sync
 from .errors import CatalogueError
 
 if TYPE_CHECKING:
@@ -54,7 +54,7 @@ def _check_replaceable(folder: Path) -> None:
 
 def _is_saved_catalogue(folder: Path) -> bool:
     try:
-        return json.loads((folder / "catalogue.json").read_text(encoding="utf-8")).get("format") == _FORMAT
+        return parse_json((folder / "catalogue.json").read_text(encoding="utf-8")).get("format") == _FORMAT
     except (OSError, ValueError, AttributeError):
         return False
 

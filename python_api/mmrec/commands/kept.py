@@ -7,12 +7,20 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 
 if TYPE_CHECKING:
     from ..evaluation import Result
 
-__all__ = ["kept_result"]
+__all__ = ["kept_result", "read_kept"]
+
+
+def read_kept(path: Path) -> Any:
+    """The JSON value at ``path``; None where there is none, or none that can be read: it is then made anew."""
+    try:
+        return parse_json(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
+        return None
 
 
 def kept_result(path: Path, identity: Mapping[str, Any], compute: Callable[[], Result]) -> Result:
@@ -26,7 +34,7 @@ def kept_result(path: Path, identity: Mapping[str, Any], compute: Callable[[], R
 
     told = path.with_name(f"{path.stem}.identity.json")
     wanted = json.loads(json.dumps(identity))
-    if path.is_file() and told.is_file() and json.loads(told.read_text(encoding="utf-8")) == wanted:
+    if path.is_file() and read_kept(told) == wanted:
         return Result.load(path)
     # Taken away first: a result that is being replaced belongs to nothing.
     told.unlink(missing_ok=True)

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..files import parse_json
 from .console import say, status
 from .data import load_catalogue
 from .index import write_store
@@ -116,10 +116,10 @@ def _worth(path: Path, model_id: str) -> dict[Plan, float]:
     from ..recommender import Plan
 
     try:
-        rows = json.loads(path.read_text(encoding="utf-8"))["frontier"]
+        rows = parse_json(path.read_text(encoding="utf-8"))["frontier"]
         mine = [row for row in rows if row["model_id"] == model_id]
         found = {Plan(r["depth"], r["rerank"]): float(r["worth"]) for r in mine if r["dtype"] == mine[0]["dtype"]}
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError) as error:
         raise ValueError(f"--plans {path} is no latency.json ({type(error).__name__}: {error})") from None
     if not found:
         raise ValueError(f"--plans {path} says nothing of model {model_id}")

@@ -6,14 +6,16 @@ import hashlib
 import io
 import json
 import os
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 from .intervals import Interval, bootstrap, paired_bootstrap
 from .metrics import Metric
 
@@ -129,7 +131,7 @@ class Result:
         """Reads what :meth:`save` wrote; ``ValueError`` names the file that is damaged or of another format."""
         path = Path(path)
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
+            data = parse_json(path.read_text(encoding="utf-8"))
             if data["format"] != _FORMAT:
                 raise ValueError(f"format {data['format']} is not {_FORMAT}")
             columns = path.with_name(data["per_user"])
@@ -146,7 +148,9 @@ class Result:
             return cls(**{name: data[name] for name in names}, rows=rows, beyond_accuracy=beyond)
         except FileNotFoundError:
             raise
-        except (ValueError, KeyError, TypeError, IndexError, OSError) as error:
+        except (
+            ValueError, KeyError, TypeError, IndexError, AttributeError, OSError, EOFError, BadZipFile, zlib.error,
+        ) as error:  # fmt: skip
             raise ValueError(f"{path} is not a readable result: {type(error).__name__}: {error}") from error
 
 
@@ -195,7 +199,7 @@ def _plain(values: Mapping[str, float]) -> dict[str, float | None]:
 def _named_columns(path: Path) -> Path | None:
     """The column file that an existing result names, if there is one to replace."""
     try:
-        name = json.loads(path.read_text(encoding="utf-8"))["per_user"]
+        name = parse_json(path.read_text(encoding="utf-8"))["per_user"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
     ours = isinstance(name, str) and Path(name).name == name and name.startswith(f"{path.stem}.")

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..bottleneck import Adapter
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 from .blocks import find_blocks, last_blocks, writers
 from .extras import require
 from .fingerprint import ADAPTER
@@ -153,7 +153,10 @@ def load(folder: Path) -> tuple[AdapterConfig, dict[str, Tensor]]:
     safetensors = require("safetensors")
     try:
         with safetensors.safe_open(folder / FILE, framework="pt") as file:
-            config = AdapterConfig.coerce(json.loads(file.metadata()[_METADATA]))
+            written = parse_json(file.metadata()[_METADATA])
+            if not isinstance(written, dict):
+                raise ValueError(f"its configuration must be an object, got {type(written).__name__}")
+            config = AdapterConfig.coerce(written)
             state = {name: file.get_tensor(name) for name in file.keys()}
     except (OSError, ValueError, KeyError, TypeError, safetensors.SafetensorError) as error:
         raise ValueError(f"folder: the adapter in {str(folder)!r} is damaged: {error}") from error

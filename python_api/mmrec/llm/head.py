@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from torch.nn import functional as F
 
 from mmrec_kernels import info_nce
 
+from ..files import parse_json
 from .extras import quiet_transformers, require
 from .loading import first_line
 from .packed import without_cache
@@ -219,7 +219,7 @@ def _read(source: str, name: str, rows: Tensor | None) -> Tensor:
                 return whole
             part = file.get_slice(name)
             return torch.cat([torch.as_tensor(part[int(row) : int(row) + 1]) for row in rows])
-    except (OSError, KeyError, ValueError, safetensors.SafetensorError) as error:
+    except (OSError, KeyError, TypeError, ValueError, safetensors.SafetensorError) as error:
         raise ValueError(
             f"name_or_path: the checkpoint {source!r} has no {name!r} to answer with: {first_line(error)}"
         ) from error
@@ -231,4 +231,4 @@ def _file_of(source: str, name: str) -> str:
         index = cached_file(source, _INDEX, _raise_exceptions_for_missing_entries=False)
         if index is None:
             return str(cached_file(source, _ONE))
-        return str(cached_file(source, json.loads(Path(index).read_text(encoding="utf-8"))["weight_map"][name]))
+        return str(cached_file(source, parse_json(Path(index).read_text(encoding="utf-8"))["weight_map"][name]))

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 from .blocks import attention_names, last_blocks, linear_names, within
 from .extras import require
 from .quantize import dequantized, is_quantized
@@ -241,10 +241,12 @@ def load(folder: Path) -> tuple[LoRAConfig, dict[str, Tensor]]:
         with safetensors.safe_open(path, framework="pt") as file:
             own = (file.metadata() or {}).get(_METADATA)
             state = {name: file.get_tensor(name) for name in file.keys()}
-        written = json.loads(own if own is not None else (folder / _CONFIG_FILE).read_text())
-    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        written = parse_json(own if own is not None else (folder / _CONFIG_FILE).read_text())
+        if not isinstance(written, dict):
+            raise ValueError(f"its configuration must be an object, got {type(written).__name__}")
+        config = LoRAConfig.coerce(written) if own is not None else _from_peft(written, folder)
+    except (OSError, ValueError, KeyError, TypeError, OverflowError, safetensors.SafetensorError) as error:
         raise ValueError(f"folder: the adapter in {str(folder)!r} is damaged: {error}") from error
-    config = LoRAConfig.coerce(written) if own is not None else _from_peft(written, folder)
     assert config is not None
     return config, state
 

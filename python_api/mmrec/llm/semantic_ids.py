@@ -18,7 +18,7 @@ from torch import Tensor
 
 from mmrec_kernels import top_k
 
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 
 __all__ = ["SemanticIds"]
 
@@ -165,10 +165,11 @@ class SemanticIds:
             raise ValueError(f"index: it has no item {absent[0]!r}")
         rows = []
         for name in names:
-            found = [_TOKEN.fullmatch(token) for token in index[name]]
+            tokens = index[name] if isinstance(index[name], list | tuple) else []
+            found = [_TOKEN.fullmatch(token) if isinstance(token, str) else None for token in tokens]
             letters = "".join(match[1] if match else "?" for match in found)
             if not letters or letters != string.ascii_lowercase[: len(letters)]:
-                raise ValueError(f"index[{name!r}] must be tokens <a_…>, <b_…> in order, got {list(index[name])}")
+                raise ValueError(f"index[{name!r}] must be tokens <a_…>, <b_…> in order, got {index[name]!r:.200}")
             rows.append([int(match[2]) for match in found if match])
         if len({len(row) for row in rows}) != 1:
             raise ValueError(f"index must have as many tokens for each item, got {sorted({len(row) for row in rows})}")
@@ -182,10 +183,13 @@ class SemanticIds:
     @classmethod
     def load_index(cls, path: str | Path, item_ids: Sequence[str] | None = None) -> SemanticIds:
         """`from_index` of a JSON file."""
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
-            raise ValueError(f"path: {Path(path).name} must hold one object, item id → tokens")
-        return cls.from_index(content, item_ids)
+        try:
+            content = parse_json(Path(path).read_text(encoding="utf-8"))
+            if not isinstance(content, dict):
+                raise ValueError("it must hold one object, item id → tokens")
+            return cls.from_index(content, item_ids)
+        except ValueError as error:
+            raise ValueError(f"path: {Path(path).name}: {error}") from error
 
 
 def _checked(vectors: Tensor) -> Tensor:

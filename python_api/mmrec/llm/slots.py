@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 from .extras import require
 from .projectors import SlotSpec, projector
 
@@ -185,11 +185,18 @@ class ModalitySlots(nn.Module):
             raise ValueError(f"folder: no {_FILE} in {str(folder)!r}; ModalitySlots.save writes one")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                content = json.loads((file.metadata() or {})[_METADATA])
+                content = parse_json((file.metadata() or {})[_METADATA])
                 state = {name: file.get_tensor(name) for name in file.keys()}
-            found = cls({name: SlotSpec(**spec) for name, spec in content["specs"].items()}, content["width"])
+            specs, width = {name: SlotSpec(**spec) for name, spec in content["specs"].items()}, content["width"]
+            with torch.device("meta"):  # sizes first, which a damaged file may make huge
+                needed = {name: value.shape for name, value in cls(specs, width).state_dict().items()}
+            if needed != {name: value.shape for name, value in state.items()}:
+                raise ValueError("its tensors are not those of its specs")
+            found = cls(specs, width)
             found.load_state_dict(state)
-        except (OSError, KeyError, TypeError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+        except (
+            OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError,
+        ) as error:  # fmt: skip
             raise ValueError(f"folder: the slots in {str(folder)!r} are damaged: {error}") from error
         return found
 

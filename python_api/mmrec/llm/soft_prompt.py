@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 from .extras import require
 from .tokenizing import tokenize
 
@@ -139,13 +139,17 @@ class SoftPrompt(nn.Module):
             raise ValueError(f"folder: no {_FILE} in {str(folder)!r}; SoftPrompt.save writes one")
         try:
             with safetensors.safe_open(path, framework="pt") as file:
-                content = json.loads((file.metadata() or {})[_METADATA])
+                content = parse_json((file.metadata() or {})[_METADATA])
                 state = {name: file.get_tensor(name) for name in file.keys()}
-            found = cls({name: tuple(sizes) for name, sizes in content["tables"].items()}, content["width"])
+            tables, width = {name: tuple(sizes) for name, sizes in content["tables"].items()}, content["width"]
+            needed = {name: (entries + 1, vectors, width) for name, (entries, vectors) in tables.items()}
+            if needed != {name: tuple(value.shape) for name, value in state.items()}:
+                raise ValueError(f"it holds {sorted(state)}, which are not the tables {tables} of width {width}")
+            found = cls(tables, width)
             for name, vectors in found.vectors.items():
-                vectors.data.copy_(state.pop(name))
-            if state:
-                raise ValueError(f"it holds {min(state)!r}, which is no table of it")
-        except (OSError, KeyError, ValueError, RuntimeError, safetensors.SafetensorError) as error:
+                vectors.data.copy_(state[name])
+        except (
+            OSError, KeyError, TypeError, ValueError, AttributeError, RuntimeError, safetensors.SafetensorError,
+        ) as error:  # fmt: skip
             raise ValueError(f"folder: the soft prompt in {str(folder)!r} is damaged: {error}") from error
         return found

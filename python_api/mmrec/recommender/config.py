@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..files import parse_json
+
 __all__ = ["IDENTITY", "RecommenderConfig"]
 
 IDENTITY = "identity"
@@ -236,7 +238,7 @@ class RecommenderConfig:
     @classmethod
     def from_json(cls, text: str) -> RecommenderConfig:
         """The inverse of `to_json`."""
-        value = json.loads(text)
+        value = parse_json(text)
         if not isinstance(value, dict):
             raise TypeError(f"config must be a JSON object, got {type(value).__name__}")
         return cls.from_dict(value)

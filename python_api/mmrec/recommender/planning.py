@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from ..files import write_atomic
+from ..files import parse_json, write_atomic
 
 __all__ = ["QUANTILES", "Costs", "How", "Plan", "Planner", "Times"]
 
@@ -133,7 +133,7 @@ class Costs:
     def load(cls, path: str | Path) -> Costs:
         """Read what `save` wrote; ValueError where it is damaged or of another format."""
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            content = parse_json(Path(path).read_text(encoding="utf-8"))
             if (content["format"], tuple(content["quantiles"])) != (_FORMAT, QUANTILES):
                 raise ValueError(f"it has format {content['format']}, this version reads {_FORMAT}")
             return cls(
@@ -142,7 +142,7 @@ class Costs:
                 {int(width): _times(times) for width, times in content["rerank"].items()},
                 {Plan(q["depth"], q["rerank"]): float(q["value"]) for q in content["quality"]},
             )
-        except (KeyError, TypeError, ValueError, AttributeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path} holds no costs ({type(error).__name__}: {error}); calibrate anew") from None
 
 

@@ -7,6 +7,7 @@ import gzip
 import html
 import json
 import re
+import tokenize
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from ...files import parse_json
 from ..catalogue import Features
 from ..errors import CatalogueError
 
@@ -53,11 +55,11 @@ def read_jsonl(path: Path, *, python_literals: bool = False) -> Iterator[tuple[i
     for number, line in read_lines(path):
         empty = False
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
+            row = parse_json(line)
+        except ValueError as error:
             row = _literal(line) if python_literals else None
             if row is None:
-                raise CatalogueError(f"{path.name} line {number}: malformed JSON ({error.msg})") from error
+                raise CatalogueError(f"{path.name} line {number}: malformed JSON ({_reason(error)})") from error
         if not isinstance(row, dict):
             raise CatalogueError(f"{path.name} line {number}: needs one JSON object a line, got {type(row).__name__}")
         yield number, row
@@ -82,9 +84,14 @@ def read_json(path: Path) -> Any:
     if not content.strip():
         raise CatalogueError(f"{path.name}: empty file")
     try:
-        return json.loads(content)
-    except json.JSONDecodeError as error:
-        raise CatalogueError(f"{path.name} line {error.lineno}: malformed JSON ({error.msg})") from error
+        return parse_json(content)
+    except ValueError as error:
+        line = f" line {error.lineno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise CatalogueError(f"{path.name}{line}: malformed JSON ({_reason(error)})") from error
+
+
+def _reason(error: ValueError) -> str:
+    return error.msg if isinstance(error, json.JSONDecodeError) else str(error)
 
 
 def read_table(path: Path, *, text_columns: Sequence[str] = (), separator: str = ",") -> pl.DataFrame:
@@ -102,8 +109,8 @@ def read_table(path: Path, *, text_columns: Sequence[str] = (), separator: str =
         header = pl.read_csv(path, separator=separator, n_rows=0, infer_schema=False).columns
         overrides = {column: pl.String for column in text_columns if column in header}
         return pl.read_csv(path, separator=separator, infer_schema_length=None, schema_overrides=overrides)
-    except (pl.exceptions.PolarsError, TypeError) as error:
-        raise CatalogueError(f"{path.name}: {str(error).splitlines()[0]}") from error
+    except (pl.exceptions.PolarsError, pl.exceptions.PanicException, TypeError, OverflowError) as error:
+        raise CatalogueError(f"{path.name}: {str(error).splitlines()[0]:.300}") from error
 
 
 def require_columns(columns: Sequence[str], needed: Sequence[str], where: str) -> None:
@@ -117,6 +124,8 @@ def integers(values: pl.Series, where: str) -> np.ndarray:
     """int64 array of a column; whole-valued floats and digit strings count, anything else and nulls raise."""
     import polars as pl
 
+    if values.dtype.is_nested():
+        raise CatalogueError(f"{where}: column {values.name!r} needs integers, got {values.dtype}")
     numbers = values.cast(pl.Int64, strict=False)
     bad = numbers.is_null()
     if values.dtype.is_float():
@@ -140,8 +149,14 @@ def ordered_ids(ids: Sequence[str] | set[str]) -> list[str]:
     """Distinct ids: in numeric order where all are digits, else lexicographic (by code point)."""
     distinct = set(ids)
     if all(i.isascii() and i.isdigit() for i in distinct):
-        return sorted(distinct, key=lambda i: (int(i), i))
+        return sorted(distinct, key=_numeric)
     return sorted(distinct)
+
+
+def _numeric(digits: str) -> tuple[int, str, str]:
+    """Orders digit strings as their numbers, of any length; Python converts 4300 digits at most."""
+    number = digits.lstrip("0")
+    return len(number), number, digits
 
 
 def rows_of(values: Sequence[str], ids: Sequence[str], *, what: str, where: str, known: str) -> np.ndarray:
@@ -182,9 +197,11 @@ def read_features(path: Path, *, rows: int | None = None, mask_path: Path | None
 
 def _load_array(path: Path) -> np.ndarray:
     try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, EOFError) as error:
+        # Mapped: a header that promises more than the file holds is refused before memory is asked for.
+        mapped = np.lib.format.open_memmap(path, mode="r")
+    except (ValueError, EOFError, SyntaxError, OverflowError, tokenize.TokenError) as error:
         raise CatalogueError(f"{path.name}: not a plain .npy array ({error})") from error
+    return np.array(mapped)
 
 
 def plain_text(value: object) -> str | None:
@@ -202,6 +219,6 @@ def number(value: object) -> float | None:
     if isinstance(value, bool) or value is None:
         return None
     if isinstance(value, (int, float)):
-        return float(value)
+        return float(value) if abs(value) < 1e300 else None
     match = re.fullmatch(r"\s*\$?\s*(-?\d[\d,]*(?:\.\d+)?)\s*", str(value))
     return float(match.group(1).replace(",", "")) if match else None

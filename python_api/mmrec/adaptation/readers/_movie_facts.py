@@ -129,7 +129,7 @@ def _names(value: object) -> list[str]:
     if isinstance(value, str):
         try:
             value = ast.literal_eval(value)
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, MemoryError, RecursionError):
             return []
     entries = [value] if isinstance(value, dict) else value
     if not isinstance(entries, list):

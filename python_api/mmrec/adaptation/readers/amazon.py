@@ -99,12 +99,14 @@ def _reviews(path: Path) -> dict[str, list]:
         for name, value in (("reviewerID or user_id", user), ("asin", item), ("unixReviewTime or timestamp", time)):
             if value is None:
                 raise CatalogueError(f"{path.name} line {number}: missing column {name}; found {sorted(row)}")
-        if isinstance(time, bool) or not isinstance(time, (int, float)):
-            raise CatalogueError(f"{path.name} line {number}: the time must be a number, got {time!r}")
+        if isinstance(time, bool) or not isinstance(time, (int, float)) or not abs(time) < 2**63:
+            raise CatalogueError(f"{path.name} line {number}: the time must be a number, got {time!r:.80}")
+        if rating is not None and _files.number(rating) is None:
+            raise CatalogueError(f"{path.name} line {number}: the rating must be a number, got {rating!r:.80}")
         columns["user"].append(str(user))
         columns["item"].append(str(item))
         columns["time"].append(int(time) // 1000 if "unixReviewTime" not in row else int(time))
-        columns["rating"].append(float("nan") if rating is None else float(rating))
+        columns["rating"].append(float("nan") if rating is None else _files.number(rating))
     return columns
 
 
@@ -139,7 +141,8 @@ def _categories(value: Any) -> list[str] | None:
     """Each category once; 2014 has a list of paths, 2018 and 2023 one path."""
     if isinstance(value, str):
         value = [value]
-    flat = [part for entry in value or [] for part in (entry if isinstance(entry, list) else [entry])]
+    entries = value if isinstance(value, list) else []
+    flat = [part for entry in entries for part in (entry if isinstance(entry, list) else [entry])]
     return list(dict.fromkeys(text for part in flat if (text := _files.plain_text(part)))) or None
 
 

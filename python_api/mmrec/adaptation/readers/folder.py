@@ -123,6 +123,11 @@ def _read_meta(path: Path) -> dict[str, Any]:
     meta = _files.read_json(path) if path.is_file() else {}
     if not isinstance(meta, dict) or set(meta) - _META_KEYS:
         raise CatalogueError(f"{path.name}: needs an object with keys out of {sorted(_META_KEYS)}")
+    notes = meta.get("notes", [])
+    if not isinstance(meta.get("name", ""), str):
+        raise CatalogueError(f"{path.name}: name needs a string, got {meta['name']!r}")
+    if not isinstance(notes, list) or not all(isinstance(note, str) for note in notes):
+        raise CatalogueError(f"{path.name}: notes needs a list of strings, got {notes!r}")
     return meta
 
 
@@ -184,6 +189,8 @@ def _event_values(events: pl.DataFrame, where: str) -> dict[str, np.ndarray | No
 def _split_values(split: pl.Series, where: str) -> np.ndarray:
     import polars as pl
 
+    if split.dtype.is_nested():
+        raise CatalogueError(f"{where}: column 'split' needs 0, 1, 2 or {', '.join(SPLITS)}, got {split.dtype}")
     if split.dtype == pl.String:
         codes = split.replace_strict(
             {name: code for code, name in enumerate(SPLITS)}, default=None, return_dtype=pl.Int8

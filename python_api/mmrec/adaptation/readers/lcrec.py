@@ -38,7 +38,7 @@ def read(folder: Path) -> Catalogue:
         np.repeat(np.arange(len(user_ids), dtype=np.int32), [len(histories[user]) for user in user_ids]),
         _files.rows_of(events, item_ids, what="item", where=inter_path.name, known=item_path.name),
     )
-    rows = [_row(item, facts[item], codes.get(item)) for item in item_ids]
+    rows = [_row(item, facts[item], codes.get(item), item_path.name) for item in item_ids]
     schema = TableSchema(title="title", text=("title", "description"), categorical=("brand",), multi=("categories",))
     frame = frame_of(rows, item_path.name)
     return Catalogue(
@@ -62,15 +62,17 @@ def _objects(path: Path, kind: type) -> dict:
     return value
 
 
-def _row(item: str, facts: dict, codes: list[str] | None) -> dict:
+def _row(item: str, facts: dict, codes: list[str] | None, where: str) -> dict:
     categories = facts.get("categories")
     if isinstance(categories, str):
         categories = categories.split(",")
+    if not isinstance(categories, list | None):
+        raise CatalogueError(f"{where}: entry {item!r}: categories needs a string or a list, got {categories!r:.80}")
     return {
         "item_id": item,
         "title": _files.plain_text(facts.get("title")),
         "description": _files.plain_text(facts.get("description")),
         "brand": facts.get("brand"),
         "categories": [_files.plain_text(part) for part in categories or []],
-        **({} if codes is None else {"semantic_id": "".join(codes)}),
+        **({} if codes is None else {"semantic_id": "".join(map(str, codes))}),
     }

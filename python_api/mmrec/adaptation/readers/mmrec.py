@@ -75,6 +75,8 @@ def _read_inter(path: Path) -> _Rows:
     column = {name: _files.integers(frame[name], path.name) for name in ("userID", "itemID")}
     rating = timestamp = split = None
     if "rating" in frame.columns:
+        if not (frame["rating"].dtype.is_numeric() or frame["rating"].dtype == pl.Null):
+            raise CatalogueError(f"{path.name}: column 'rating' needs numbers, got {frame['rating'].dtype}")
         rating = frame["rating"].cast(pl.Float32).to_numpy()
     if "timestamp" in frame.columns:
         timestamp = _files.seconds(_files.integers(frame["timestamp"], path.name), path.name)
@@ -87,6 +89,8 @@ def _read_inter(path: Path) -> _Rows:
 
 def _read_parts(folder: Path, notes: list[str]) -> _Rows:
     parts = [_read_pairs(folder / name) for name in _PARTS]
+    for column, what in enumerate(("user", "item")):
+        _check_row_numbers(np.concatenate([part[:, column] for part in parts]), what, None, folder)
     users = int(max(part[:, 0].max() for part in parts)) + 1
     counts = np.stack([np.bincount(part[:, 0], minlength=users) for part in parts])
     labels = [0, 1, 2]
@@ -130,7 +134,10 @@ def _read_pairs(path: Path) -> np.ndarray:
         rows.append((user, item))
     if not rows:
         raise CatalogueError(f"{path.name}: empty file")
-    pairs = np.array(rows, dtype=np.int64)
+    try:
+        pairs = np.array(rows, dtype=np.int64)
+    except OverflowError:
+        raise CatalogueError(f"{path.name}: ids must be row numbers from 0, got {max(map(max, rows))}") from None
     if pairs.min() < 0:
         raise CatalogueError(f"{path.name}: ids must be row numbers from 0, got {pairs.min()}")
     return pairs

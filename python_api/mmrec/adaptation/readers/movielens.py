@@ -91,7 +91,8 @@ def _ratings(path: Path) -> dict[str, list]:
     for number, (user, item, rating, time) in enumerate(_records(path, "\t", 4), 1):
         try:
             values = (user, item, float(rating), int(time))
-        except ValueError:
+            np.int64(values[3])
+        except (ValueError, OverflowError):
             raise CatalogueError(
                 f"{path.name} line {number}: rating and time must be numbers, got {rating!r}, {time!r}"
             ) from None

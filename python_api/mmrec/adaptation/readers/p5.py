@@ -90,7 +90,7 @@ def _facts(folder: Path) -> tuple[list[dict[str, Any]], list[str], str]:
             rows.append(
                 {
                     "item_id": str(row["item_id"]),
-                    "attributes": row.get("attributes"),
+                    "attributes": _strings(row.get("attributes"), f"{listing.name} line {number}: attributes"),
                     "asin": row.get("asin"),
                 }
             )
@@ -111,11 +111,22 @@ def _decoded(folder: Path) -> list[dict[str, Any]]:
     path = _files.one_file(folder, ["*item2attributes.json"])
     coded = _files.read_json(path) if path else {}
     names = maps.get("id2attribute", {})
+    if not isinstance(names, dict):
+        raise CatalogueError(f"datamaps.json: id2attribute needs an object, got {type(names).__name__}")
+    if path and not (isinstance(coded, dict) and all(isinstance(codes, list) for codes in coded.values())):
+        raise CatalogueError(f"{path.name}: needs an object of lists, keyed by item")
     rows = []
     for item, asin in maps["id2item"].items():
         codes = [str(code) for code in coded.get(item, [])]
         strange = [code for code in codes if code not in names]
         if strange:
             raise CatalogueError(f"{path.name if path else folder}: attribute {strange[0]} is not in datamaps.json")
-        rows.append({"item_id": item, "attributes": [names[code] for code in codes], "asin": asin})
+        attributes = _strings([names[code] for code in codes], "datamaps.json: id2attribute")
+        rows.append({"item_id": item, "attributes": attributes, "asin": asin})
     return rows
+
+
+def _strings(value: Any, where: str) -> list[str] | None:
+    if value is not None and not (isinstance(value, list) and all(isinstance(part, str) for part in value)):
+        raise CatalogueError(f"{where} needs strings, got {value!r:.80}")
+    return value

@@ -12,6 +12,7 @@ from ...evaluation.judge_bias import PlantedJudge
 from ...evaluation.judges import ask_judge, pairs_within_users
 from ..console import status
 from ..data import Data
+from ..kept import read_kept
 from .base import Context, Findings, Table
 from .prompting import check_settings
 
@@ -221,10 +222,9 @@ def _kept(context: Context, rows: _Rows, pairs: np.ndarray, settings: EvaluatorS
         "settings": asked, "users": rows.users.tolist(), "items": rows.items.tolist(), "pairs": pairs.tolist(),
         "texts": rows.texts, "histories": rows.histories,
     }  # fmt: skip
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["identity"] == identity:
-            return Judgements(*(np.array(kept[name]) for name in ("scores", "pairs", "forward", "backward")))
+    kept = read_kept(path)
+    if isinstance(kept, dict) and kept.get("identity") == identity:
+        return Judgements(*(np.array(kept[name]) for name in ("scores", "pairs", "forward", "backward")))
     with status(f"asking {settings.backbone} about {len(rows.stars)} items and {len(pairs)} pairs"):
         found = ask_judge(_judge(settings), rows.histories, rows.texts, pairs=pairs)
     arrays = {name: getattr(found, name).tolist() for name in ("scores", "pairs", "forward", "backward")}

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..console import say, status
 from ..data import Data
+from ..kept import read_kept
 from .base import Context, Findings, Table, means, pairs, sentence
 
 if TYPE_CHECKING:
@@ -162,10 +163,9 @@ def _kept(
 
     from ...files import write_atomic
 
-    if path.is_file():
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        if kept["identity"] == json.loads(json.dumps(identity)):
-            return np.array(kept["scores"]), kept["cost"]
+    kept = read_kept(path)
+    if isinstance(kept, dict) and kept.get("identity") == json.loads(json.dumps(identity)):
+        return np.array(kept["scores"]), kept["cost"]
     with status(path.stem):
         scores, cost = asker(way)
     write_atomic(path, json.dumps({"identity": identity, "scores": scores.tolist(), "cost": cost}).encode())

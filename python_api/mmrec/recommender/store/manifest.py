@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ...files import write_atomic
+from ...files import parse_json, write_atomic
 from .columns import CHUNK, Meta
 
 __all__ = [
@@ -100,13 +100,15 @@ def read_manifest(folder: Path, number: int) -> Manifest:
     """StoreError if it is damaged or of another format; OSError if it is gone or cannot be read now."""
     path = path_of(folder, number)
     try:
-        content = json.loads(path.read_bytes())
+        content = parse_json(path.read_bytes())
         checksum = content.pop("crc32")
         if checksum != _checksum(content):
             raise ValueError("its checksum does not fit")
         if content["format"] not in READABLE:
             raise StoreFormatError(f"{path} has format {content['format']}; this version reads up to {FORMAT}")
         files = tuple(DataFile(f["name"], f["items"], f["size"], tuple(f["crc32"])) for f in content["files"])
+        if strange := [f.name for f in files if not DATA.fullmatch(f.name)]:
+            raise ValueError(f"it names {strange[0]!r}")
         return Manifest(content["number"], Meta.from_dict(content["meta"]), content["num_items"], files)
     except StoreError:
         raise

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ...files import write_atomic
+from ...files import parse_json, write_atomic
 
 __all__ = ["exists", "load_tensors", "remove", "save_json", "save_tensors"]
 
@@ -48,12 +49,15 @@ def save_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def load_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """What :func:`save_tensors` saved; ``ValueError`` names the file that is damaged or gone."""
+    from safetensors import SafetensorError
     from safetensors.torch import load
 
     path = folder / f"{name}.json"
     try:
-        facts = json.loads(path.read_text(encoding="utf-8"))
+        facts = parse_json(path.read_text(encoding="utf-8"))
         file, digest, written = folder / facts["file"], facts["sha256"], facts["format"]
+        if not _is_ours(facts["file"], name):
+            raise ValueError(f"it names {facts['file']!r}")
     except FileNotFoundError:
         raise ValueError(f"{path}: no such file, so there is no {name} to read") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -66,7 +70,10 @@ def load_tensors(folder: Path, name: str) -> tuple[dict[str, Tensor], dict[str, 
         raise ValueError(f"{file} is gone, and {path.name} needs it") from None
     if hashlib.sha256(data).hexdigest() != digest:
         raise ValueError(f"{file} is corrupt: its bytes do not have the SHA-256 that {path.name} states")
-    return load(data), facts
+    try:
+        return load(data), facts
+    except SafetensorError as error:
+        raise ValueError(f"{file} is corrupt: {error}") from None
 
 
 def remove(folder: Path, name: str) -> None:
@@ -79,11 +86,15 @@ def remove(folder: Path, name: str) -> None:
 
 def _file_of(folder: Path, name: str) -> str | None:
     try:
-        file = json.loads((folder / f"{name}.json").read_text(encoding="utf-8"))["file"]
+        file = parse_json((folder / f"{name}.json").read_text(encoding="utf-8"))["file"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    ours = isinstance(file, str) and Path(file).name == file and file.startswith(f"{name}.")
-    return file if ours and file.endswith(".safetensors") else None
+    return file if _is_ours(file, name) else None
+
+
+def _is_ours(file: object, name: str) -> bool:
+    """Whether `save_tensors` gives such a name: it lies in the folder."""
+    return isinstance(file, str) and re.fullmatch(rf"{re.escape(name)}\.[0-9a-f]{{12}}\.safetensors", file) is not None
 
 
 def _write(path: Path, data: bytes) -> None:
