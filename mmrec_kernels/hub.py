@@ -1,10 +1,10 @@
 """Lays the built package out as a repository of Hugging Face's `kernels`: `python -m mmrec_kernels.hub FOLDER`.
 
     FOLDER/build/torch-stable-abi210-cpu-x86_64-linux/     for a CPU torch >= 2.10: with _C
-                 torch-stable-abi210-cu130-x86_64-linux/   for a torch of CUDA 13: with _C and _C_cuda, where that was built
+                 torch-stable-abi210-cu130-x86_64-linux/   for a torch of CUDA 13: with _C and _C_cuda, if built
                  torch-cpu/  torch-cuda/                   for any other: Python only, the references and Triton
 
-Each holds `metadata.json`, `__init__.py`, which is what `kernels` imports, and the package as it is, in `mmrec_kernels`.
+Each holds `metadata.json`, `__init__.py`, which is what `kernels` imports, and the package as it is.
 """
 
 from __future__ import annotations

@@ -86,7 +86,9 @@ class Linear4bit(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """`[..., N]` in the dtype of `x [..., K]`, computed in `compute_dtype` where the module has one."""
         dtype = getattr(self, "compute_dtype", None) or x.dtype
-        bias = None if self.bias is None else self.bias.to(dtype)  # type: ignore[operator]
+        bias: Tensor | None = self.bias  # type: ignore[assignment]
+        if bias is not None and bias.dtype != torch.float32:  # which the op takes beside any other
+            bias = bias.to(dtype)
         weight = nf4.NF4Weight.from_bitsandbytes(self.weight)  # type: ignore[arg-type]
         return nf4.nf4_linear(x.to(dtype), weight, bias).to(x.dtype)  # type: ignore[arg-type]
 

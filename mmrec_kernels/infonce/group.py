@@ -161,7 +161,6 @@ def all_gather_rows(own: Tensor, counts: list[int], group: dist.ProcessGroup) ->
 
 
 class _AllGather(torch.autograd.Function):
-
     @staticmethod
     def forward(ctx: Any, own: Tensor, counts: list[int], group: dist.ProcessGroup) -> Tensor:
         ctx.group, ctx.counts, ctx.dtype = group, counts, own.dtype

@@ -1,55 +1,21 @@
-"""The wheel: built in isolation, carried to a new environment with torch and numpy only, and run there."""
+"""The wheel: what is in it, what its libraries need, and every op in an environment with torch and numpy only."""
 
 from __future__ import annotations
 
 import importlib.util
+import platform
 import re
 import shutil
-import subprocess
+import statistics
 import sys
-import venv
-import zipfile
 from pathlib import Path
 
 import pytest
+from subprocesses import SAFE, processor_seconds, run
 
 from paths import ROOT
 
 pytestmark = pytest.mark.wheel
-
-
-def run(*command: str | Path, cwd: Path | None = None, env: dict[str, str] | None = None) -> str:
-    done = subprocess.run([str(c) for c in command], cwd=cwd, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
-    return done.stdout + done.stderr
-
-
-@pytest.fixture(scope="session")
-def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the tree without build outputs, so that nothing built before gets into the wheel."""
-    copy = tmp_path_factory.mktemp("source") / "mmrec-kernels"
-    ignored = shutil.ignore_patterns(".git", "build", "dist", "runs", "*.so", "*.egg-info", "__pycache__", ".*_cache")
-    shutil.copytree(ROOT, copy, ignore=ignored)
-    return copy
-
-
-@pytest.fixture(scope="session")
-def wheel(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("dist")
-    log = run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", out, ".", cwd=source)
-    # torch is here already: an isolated build that fetched another would pull gigabytes.
-    assert not re.search(r"(Collecting|Downloading) torch\b", log)
-    wheels = list(out.glob("*.whl"))
-    assert len(wheels) == 1
-    return wheels[0]
-
-
-@pytest.fixture(scope="session")
-def unpacked(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("unpacked")
-    with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(folder)
-    return folder
 
 
 def libraries(unpacked: Path) -> list[Path]:
@@ -57,7 +23,9 @@ def libraries(unpacked: Path) -> list[Path]:
 
 
 def test_tag_and_contents(wheel, unpacked):
-    assert re.fullmatch(r"mmrec_kernels-[\d.]+-py3-none-\w+\.whl", wheel.name), wheel.name
+    found = re.fullmatch(r"mmrec_kernels-[\d.]+-py3-none-manylinux_2_(\d+)_(\w+)\.whl", wheel.name)
+    assert found and int(found[1]) <= 34 and found[2] == platform.machine(), wheel.name
+    assert wheel.stat().st_size < 30e6
     names = {str(p.relative_to(unpacked)) for p in unpacked.rglob("*") if p.is_file()}
     expected = [
         "mmrec_kernels/__init__.py",
@@ -70,6 +38,7 @@ def test_tag_and_contents(wheel, unpacked):
     if shutil.which("nvcc"):
         expected += ["mmrec_kernels/_C_cuda.so", "mmrec_kernels/_C_cuda.version"]
     assert not set(expected) - names, set(expected) - names
+    # A bundled library would lie in mmrec_kernels.libs.
     top = {name.split("/")[0] for name in names}
     assert {t for t in top if not t.endswith(".dist-info")} == {"mmrec_kernels", "mmrec"}
     modules = {str(p.relative_to(ROOT / "python_api")) for p in (ROOT / "python_api/mmrec").rglob("*.py")}
@@ -101,15 +70,66 @@ def test_stable_abi(unpacked):
         assert re.findall(r"MIN-TORCH=([\d.]+)", report.upper())[-1] == "2.10.0", report
 
 
-def test_every_op_runs_in_a_new_environment(wheel, tmp_path):
-    venv.create(tmp_path / "venv", with_pip=True)
-    python = tmp_path / "venv/bin/python"
-    pip = (python, "-m", "pip", "install", "-q", "--disable-pip-version-check", "-c", ROOT / "constraints.txt")
-    run(*pip, "torch", "numpy")
-    run(*pip, wheel)
-    script = tmp_path / "every_op.py"
-    shutil.copy(ROOT / "tests/packaging/every_op.py", script)
-    # Safe path: neither the checkout nor the script's folder may shadow the wheel.
-    safe = ("-P",) if sys.version_info >= (3, 11) else ("-I",)
-    assert "every op ran" in run(python, *safe, script, cwd=tmp_path)
-    assert "compiled" in run(python, *safe, "-m", "mmrec_kernels", cwd=tmp_path)
+def test_only_torch_and_the_c_library_are_needed(unpacked):
+    system = {"libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6"}
+    system |= {"libdl.so.2", "librt.so.1", "libpthread.so.0"}
+    for library in libraries(unpacked):
+        needed = set(re.findall(r"NEEDED +(\S+)", run("objdump", "-p", library)))
+        loader = {name for name in needed if name.startswith("ld-linux")}
+        torch = {"libtorch_cpu.so"} | ({"libtorch_cuda.so"} if library.name == "_C_cuda.so" else set())
+        assert torch <= needed <= torch | loader | system, needed
+
+
+def test_auditwheel_finds_no_later_symbols(wheel):
+    shown = run(Path(sys.executable).with_name("auditwheel"), "show", wheel)
+    found = re.search(r'constrains the platform tag to\s+"manylinux_2_(\d+)_', shown)
+    assert found and int(found[1]) <= 34, shown
+
+
+def test_every_op_runs_in_a_new_environment(environment, script, tmp_path):
+    assert "every op ran" in run(environment.python, *SAFE, script, cwd=tmp_path)
+    assert "compiled" in run(environment.python, *SAFE, "-m", "mmrec_kernels", cwd=tmp_path)
+
+
+def test_neither_network_nor_compiler_nor_cuda_is_touched(environment, script, tmp_path):
+    """No connection, no process, nothing on PATH; where torch has no CUDA, _C_cuda.so is there and is not opened."""
+    shutil.copy(ROOT / "tests/packaging/guarded.py", tmp_path)
+    cuda = run(environment.python, "-c", "import torch; print(torch.cuda.is_available())").strip() == "True"
+    mapped = "_C.so _C_cuda.so" if cuda else "_C.so"
+    empty = {"PATH": str(tmp_path / "empty"), "HOME": str(tmp_path), "MMREC_MAPPED": mapped}
+    assert "guarded" in run(environment.python, *SAFE, tmp_path / "guarded.py", script, cwd=tmp_path, env=empty)
+    if shutil.which("nvcc"):
+        assert (environment.site / "mmrec_kernels/_C_cuda.so").exists()
+
+
+@pytest.mark.parametrize(
+    "code",
+    (
+        "import socket; socket.create_connection(('127.0.0.1', 9))",
+        "import subprocess; subprocess.run(['true'])",
+        "import os; os.system('true')",
+    ),
+)
+def test_the_guard_refuses(code, tmp_path):
+    (tmp_path / "code.py").write_text(code)
+    with pytest.raises(AssertionError, match="PermissionError"):
+        run(sys.executable, ROOT / "tests/packaging/guarded.py", tmp_path / "code.py", env={"MMREC_MAPPED": ""})
+
+
+def test_import_is_quick(environment, tmp_path):
+    """On top of torch, the median of five, in seconds of processors: how busy the machine is does not count."""
+    code = "import time, torch; start = time.process_time(); import mmrec_kernels; print(time.process_time() - start)"
+    taken = [float(run(environment.python, *SAFE, "-c", code, cwd=tmp_path)) for _ in range(5)]
+    assert statistics.median(taken) < 0.150, taken
+
+
+def test_install_swap_and_benchmark_within_three_minutes(environment, tmp_path):
+    """The README's first examples and one benchmark, in seconds of processors: other load does not count."""
+    start = processor_seconds()
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for number, example in enumerate(re.findall(r"^```python\n(.*?)^```$", readme, re.M | re.S)):
+        (tmp_path / f"example_{number}.py").write_text(example)
+        run(environment.python, *SAFE, tmp_path / f"example_{number}.py", cwd=tmp_path)
+    benchmark = ("-m", "mmrec_kernels.benchmarks", "--op", "infonce", "--shapes", "small")
+    assert "infonce" in run(environment.python, *SAFE, *benchmark, cwd=tmp_path)
+    assert environment.install_seconds + processor_seconds() - start < 180
